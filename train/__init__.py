@@ -1,0 +1,1 @@
+"""Training, data and the command line; installed as `videofactory_train`."""

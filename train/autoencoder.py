@@ -1,0 +1,56 @@
+"""Training the autoencoder on clips of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import DataLoader
+from videofactory_core.autoencoder import Autoencoder
+
+from .data.moving_shapes import MovingShapes
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """Weights of the reconstruction's terms."""
+
+    # How much more a pixel of the object counts than one of the flat background; at 1 objects turn into brown blobs.
+    object_weight: float = 9.0
+    kl_weight: float = 1e-6
+
+    def __call__(self, autoencoder: Autoencoder, frames: Tensor, mask: Tensor) -> Tensor:
+        """Weighted L1 and L2 on `frames [N, 3, H, W]` in -1..1 plus KL; `mask [N, 1, H, W]` marks the object."""
+        mean, logvar = autoencoder.encode_moments(frames)
+        mean, logvar = mean.float(), logvar.float()
+        latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        error = autoencoder.decode_frames(latents).float() - frames
+        weight = 1 + (self.object_weight - 1) * mask
+        reconstruction = (weight * (error.abs() + error.square())).mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
+        return reconstruction + self.kl_weight * kl
+
+
+def frame_batches(
+    clips: MovingShapes, batch_size: int, frames_per_clip: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of `batch_size` single frames `[N, 3, H, W]` and object masks `[N, 1, H, W]`."""
+    loader = DataLoader(clips, batch_size=max(1, batch_size // frames_per_clip), num_workers=workers, drop_last=True)
+    while True:
+        for clip in loader:
+            video = rearrange(clip["video"], "B C F H W -> (B F) C H W")
+            # The neighbourhood of the edge counts as the object, or its outline blurs.
+            mask = rearrange(clip["mask"], "B F H W -> (B F) 1 H W")
+            mask = torch.nn.functional.max_pool2d(mask, 5, stride=1, padding=2)
+            yield video, mask
+
+
+@torch.no_grad()
+def measure_scale(autoencoder: Autoencoder, batches: Iterator[tuple[Tensor, Tensor]], accelerator: Accelerator) -> float:
+    """1 / standard deviation of the latents over a few batches."""
+    latents = [autoencoder.encode_moments(next(batches)[0].to(accelerator.device))[0] for _ in range(16)]
+    return 1.0 / float(torch.cat(latents).std())

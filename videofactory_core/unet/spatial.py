@@ -1,0 +1,173 @@
+"""The spatial stream, latent diffusion's layers under latent diffusion's key names, each with its temporal part inside.
+
+Features are `[(B F), C, H, W]`. A ResBlock or SpatialTransformer with a temporal part computes s = Spatial(x) and
+t = Temporal(s), merges them, and returns the result together with t, which the next block's temporal skip reads.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import UNetConfig
+from ..ops import Attention, Operations
+from .attention import CrossAttention, FeedForward
+from .swap_attention import build_merge
+from .temporal import TemporalConv, TemporalTransformer
+
+
+class TemporalSkip(nn.Module):
+    """Carries the last temporal feature of a block across the spatial resampling into the next one; starts at zero."""
+
+    def __init__(self, channels_in: int, channels: int, ops: Operations) -> None:
+        super().__init__()
+        self.conv = ops.Conv2d(channels_in, channels, 1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, t: Tensor, like: Tensor) -> Tensor:
+        return self.conv(F.adaptive_avg_pool2d(t, like.shape[2:]))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the time step in between, then a temporal convolution stack.
+
+    `skip_from` is the width of the temporal feature that comes across a resampling, 0 for none; `end` counts block ends
+    (see `build_merge`).
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        config: UNetConfig,
+        ops: Operations,
+        attention: Attention,
+        skip_from: int = 0,
+        end: int | None = None,
+    ) -> None:
+        super().__init__()
+        groups, emb_dim = config.norm_groups, config.model_channels * 4
+        self.in_layers = nn.Sequential(
+            ops.GroupNorm(groups, channels_in), nn.SiLU(), ops.Conv2d(channels_in, channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), ops.Linear(emb_dim, channels))
+        # The identity stands where image checkpoints count a dropout.
+        self.out_layers = nn.Sequential(
+            ops.GroupNorm(groups, channels), nn.SiLU(), nn.Identity(), ops.Conv2d(channels, channels, 3, padding=1)
+        )
+        self.skip_connection = ops.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+        self.temporal = TemporalConv(channels, groups, ops) if config.temporal_conv else None
+        self.temporal_skip = TemporalSkip(skip_from, channels, ops) if skip_from and config.temporal_skips else None
+        self.merge = build_merge(config, channels, end, ops, attention) if self.temporal is not None else None
+
+    def forward(self, x: Tensor, t: Tensor | None, emb: Tensor, num_frames: int) -> tuple[Tensor, Tensor | None]:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        s = self.skip_connection(x) + self.out_layers(h)
+        if self.temporal is None or self.merge is None:
+            return s, t
+        if self.temporal_skip is not None:
+            assert t is not None, "a temporal skip needs the temporal feature of the block before"
+            t = self.temporal(s + self.temporal_skip(t, s), num_frames)
+        else:
+            t = self.temporal(s, num_frames)
+        return self.merge(s, t, num_frames), t
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention inside a frame, cross-attention on the text, feed-forward; `x [(B F), (H W), C]`."""
+
+    def __init__(self, channels: int, config: UNetConfig, ops: Operations, attention: Attention) -> None:
+        super().__init__()
+        heads = config.heads(channels)
+        self.norm1 = ops.LayerNorm(channels)
+        self.attn1 = CrossAttention(channels, channels, heads, ops, attention)
+        self.norm2 = ops.LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, config.context_dim, heads, ops, attention)
+        self.norm3 = ops.LayerNorm(channels)
+        self.ff = FeedForward(channels, ops)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        # Frames that share a prompt ask it together, so its keys and values are computed once a clip, not once a frame.
+        asking = rearrange(self.norm2(x), "(B F) N C -> B (F N) C", B=context.shape[0])
+        x = x + self.attn2(asking, context).reshape(x.shape)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of each frame, then a temporal transformer over F."""
+
+    def __init__(
+        self,
+        channels: int,
+        depth: int,
+        config: UNetConfig,
+        ops: Operations,
+        attention: Attention,
+        end: int | None = None,
+    ) -> None:
+        super().__init__()
+        groups, heads = config.norm_groups, config.heads(channels)
+        self.linear = config.use_linear_in_transformer
+        self.norm = ops.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = ops.Linear(channels, channels) if self.linear else ops.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [BasicTransformerBlock(channels, config, ops, attention) for _ in range(depth)]
+        )
+        self.proj_out = ops.Linear(channels, channels) if self.linear else ops.Conv2d(channels, channels, 1)
+        self.temporal: TemporalTransformer | None = None
+        self.merge: nn.Module | None = None
+        if config.temporal_attention:
+            positions = config.temporal_positions > 0
+            self.temporal = TemporalTransformer(
+                channels, channels, heads, groups, config.temporal_norm, positions, ops, attention
+            )
+            self.merge = build_merge(config, channels, end, ops, attention)
+
+    def spatial(self, x: Tensor, context: Tensor) -> Tensor:
+        height = x.shape[2]
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = rearrange(h, "B C H W -> B (H W) C")
+        if self.linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h)
+        h = rearrange(h, "B (H W) C -> B C H W", H=height)
+        if not self.linear:
+            h = self.proj_out(h)
+        return x + h
+
+    def forward(self, x: Tensor, t: Tensor | None, context: Tensor, num_frames: int) -> tuple[Tensor, Tensor | None]:
+        s = self.spatial(x, context)
+        if self.temporal is None or self.merge is None:
+            return s, t
+        t = self.temporal(s, num_frames)
+        return self.merge(s, t, num_frames), t
+
+
+class Downsample(nn.Module):
+    """Halves H and W, rounding up."""
+
+    def __init__(self, channels: int, ops: Operations) -> None:
+        super().__init__()
+        self.op = ops.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Brings x to the size of the skip feature that it will meet: 43 columns halve to 22, and 22 must become 43 again."""
+
+    def __init__(self, channels: int, ops: Operations) -> None:
+        super().__init__()
+        self.conv = ops.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
