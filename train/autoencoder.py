@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
+
 from videofactory_core.autoencoder import Autoencoder
 
 from .data.moving_shapes import MovingShapes
@@ -50,7 +51,9 @@ def frame_batches(
 
 
 @torch.no_grad()
-def measure_scale(autoencoder: Autoencoder, batches: Iterator[tuple[Tensor, Tensor]], accelerator: Accelerator) -> float:
+def measure_scale(
+    autoencoder: Autoencoder, batches: Iterator[tuple[Tensor, Tensor]], accelerator: Accelerator
+) -> float:
     """1 / standard deviation of the latents over a few batches."""
     latents = [autoencoder.encode_moments(next(batches)[0].to(accelerator.device))[0] for _ in range(16)]
     return 1.0 / float(torch.cat(latents).std())

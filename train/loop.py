@@ -41,7 +41,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights = [p for p in module.parameters() if p.requires_grad]
+        self.weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.weights]
         self.step = 0
 

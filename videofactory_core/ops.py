@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
             parts.append(F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=part_mask))
         out = torch.cat(parts)
     return rearrange(out, "B h N d -> B N (h d)")
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def zeroed(layer: Layer) -> Layer:
+    """The layer with all its weights at zero: a branch that ends in it starts as if it were not there."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def bind(operations: Operations, device: torch.device | str | None, dtype: torch.dtype | None) -> Operations:

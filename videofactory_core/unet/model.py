@@ -77,7 +77,7 @@ class VideoUNet(nn.Module):
             ops.Linear(config.model_channels, emb_dim), nn.SiLU(), ops.Linear(emb_dim, emb_dim)
         )
 
-        first = [ops.Conv2d(config.in_channels, widths[0], 3, padding=1)]
+        first: list[nn.Module] = [ops.Conv2d(config.in_channels, widths[0], 3, padding=1)]
         if config.temporal_attention_in:
             inner = 8 * (config.head_dim or widths[0] // 8)
             positions = config.temporal_positions > 0
@@ -120,9 +120,7 @@ class VideoUNet(nn.Module):
                 end = levels + (levels - 1 - level) if last else None
                 skip_from = channels if level < levels - 1 and i == 0 else 0
                 layers = [
-                    ResBlock(
-                        channels + skips.pop(), width, config, ops, attention, skip_from, None if depth else end
-                    )
+                    ResBlock(channels + skips.pop(), width, config, ops, attention, skip_from, None if depth else end)
                 ]
                 if depth:
                     layers.append(SpatialTransformer(width, depth, config, ops, attention, end))
@@ -140,7 +138,7 @@ class VideoUNet(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that the weights are stored in."""
-        return self.out[2].weight.dtype
+        return next(self.out.parameters()).dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """One denoising step.

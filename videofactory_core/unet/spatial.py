@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import UNetConfig
-from ..ops import Attention, Operations
+from ..ops import Attention, Operations, zeroed
 from .attention import CrossAttention, FeedForward
 from .swap_attention import build_merge
 from .temporal import TemporalConv, TemporalTransformer
@@ -22,12 +22,10 @@ class TemporalSkip(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, ops: Operations) -> None:
         super().__init__()
-        self.conv = ops.Conv2d(channels_in, channels, 1)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        self.conv = zeroed(ops.Conv2d(channels_in, channels, 1))
 
     def forward(self, t: Tensor, like: Tensor) -> Tensor:
-        return self.conv(F.adaptive_avg_pool2d(t, like.shape[2:]))
+        return self.conv(F.adaptive_avg_pool2d(t, (like.shape[2], like.shape[3])))
 
 
 class ResBlock(nn.Module):
@@ -163,7 +161,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Brings x to the size of the skip feature that it will meet: 43 columns halve to 22, and 22 must become 43 again."""
+    """Brings x to the size of the skip feature that it will meet: 43 columns became 22 and must become 43 again."""
 
     def __init__(self, channels: int, ops: Operations) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ..config import UNetConfig
-from ..ops import Attention, Operations
+from ..ops import Attention, Operations, zeroed
 from . import windows
 from .attention import FeedForward
 
@@ -30,7 +30,7 @@ class Fuse(nn.Module):
         self.conv = ops.Conv2d(channels * 2, channels, 1)
         with torch.no_grad():
             self.conv.weight.copy_(torch.eye(channels).repeat(1, 2)[:, :, None, None])
-        nn.init.zeros_(self.conv.bias)
+            self.conv.bias.zero_()  # type: ignore[union-attr]
 
     def forward(self, s: Tensor, t: Tensor, num_frames: int) -> Tensor:
         return self.conv(torch.cat([s, t], dim=1))
@@ -42,8 +42,7 @@ class Mixture(nn.Module):
     def __init__(self, channels: int, ops: Operations) -> None:
         super().__init__()
         # A linear layer from the constant 1, because hosts move and patch layers, not bare parameters.
-        self.share = ops.Linear(1, channels, bias=False)
-        nn.init.zeros_(self.share.weight)
+        self.share = zeroed(ops.Linear(1, channels, bias=False))
 
     def forward(self, s: Tensor, t: Tensor, num_frames: int) -> Tensor:
         a = torch.sigmoid(self.share(s.new_ones(1, 1)))[:, :, None, None]
@@ -71,9 +70,7 @@ class AttentionMerge(nn.Module):
         self.to_out = ops.Linear(channels, channels)
         self.norm_ff = ops.LayerNorm(channels)
         self.ff = FeedForward(channels, ops)
-        self.proj_out = ops.Linear(channels, channels)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self.proj_out = zeroed(ops.Linear(channels, channels))
 
     def streams(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Who asks and who answers."""

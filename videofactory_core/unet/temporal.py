@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import NormScope
-from ..ops import Attention, Operations
+from ..ops import Attention, Operations, zeroed
 from .attention import CrossAttention, FeedForward
 
 
@@ -27,13 +27,12 @@ class TemporalConv(nn.Module):
         # (3, 1) over [B, C, F, HW] is a (3, 1, 1) convolution over [B, C, F, H, W] whose weight has four dimensions,
         # which is what memory formats and weight casts of image hosts expect.
         self.convs = nn.ModuleList([ops.Conv2d(channels, channels, (3, 1), padding=(1, 0)) for _ in range(4)])
-        nn.init.zeros_(self.convs[-1].weight)
-        nn.init.zeros_(self.convs[-1].bias)
+        zeroed(self.convs[-1])
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         height = x.shape[2]
         x = rearrange(x, "(B F) C H W -> B C F (H W)", F=num_frames)
-        for norm, conv in zip(self.norms, self.convs):
+        for norm, conv in zip(self.norms, self.convs, strict=True):
             x = conv(F.silu(norm(x)))
         return rearrange(x, "B C F (H W) -> (B F) C H W", H=height)
 
@@ -83,12 +82,8 @@ class TemporalTransformer(nn.Module):
         self.norm_scope = norm_scope
         self.norm = ops.GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in = ops.Linear(channels, inner)
-        self.transformer_blocks = nn.ModuleList(
-            [TemporalTransformerBlock(inner, heads, positions, ops, attention)]
-        )
-        self.proj_out = ops.Linear(inner, channels)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self.transformer_blocks = nn.ModuleList([TemporalTransformerBlock(inner, heads, positions, ops, attention)])
+        self.proj_out = zeroed(ops.Linear(inner, channels))
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         height = x.shape[2]

@@ -1,0 +1,1 @@
+"""VideoFactory as a ComfyUI custom node pack; the graph nodes live in `nodes/`."""

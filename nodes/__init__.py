@@ -1,0 +1,1 @@
+"""Graph nodes: the only room that knows the host."""
