@@ -1,0 +1,112 @@
+"""A recipe from TOML to a checkpoint that generates, and golden losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from videofactory_train.recipe import read_recipe, run_recipe
+
+from videofactory_core import checkpoint
+
+RECIPES = Path(__file__).parent.parent / "train" / "recipes"
+
+TINY = """
+title = "tiny"
+licence = "Apache-2.0"
+origin = "a test"
+preset = "debug"
+output = "{folder}/tiny.safetensors"
+clips = 8
+precision = "no"
+workers = 0
+[autoencoder]
+[autoencoder.schedule]
+steps = 2
+batch_size = 4
+learning_rate = 1e-3
+[[stages]]
+kind = "images"
+[stages.schedule]
+steps = 2
+batch_size = 4
+learning_rate = 1e-3
+[[stages]]
+kind = "addition"
+[stages.schedule]
+steps = 2
+batch_size = 2
+learning_rate = 1e-3
+[[stages]]
+kind = "swap"
+[stages.schedule]
+steps = 3
+batch_size = 2
+learning_rate = 1e-3
+"""
+
+
+def write_recipe(folder: Path, text: str = TINY) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(text.replace("{folder}", folder.as_posix()))
+    return path
+
+
+def test_run_trains_every_part_and_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    output = run_recipe(write_recipe(tmp_path))
+    model = checkpoint.load(output)
+    assert model.metadata.licence == "Apache-2.0"
+    assert model.config.unet.merge == "swap"
+    # The latent scale is measured, not the default.
+    assert model.config.autoencoder.scale_factor != 0.18215
+    fresh = checkpoint.build(model.config)
+    swap = [k for k in fresh.unet.state_dict() if ".merge.proj_out.weight" in k]
+    assert swap
+    assert all(model.unet.state_dict()[k].abs().sum() > 0 for k in swap)
+
+
+def test_second_start_goes_on_behind_finished_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    first = run_recipe(recipe).read_bytes()
+    (tmp_path / "3-swap.safetensors").unlink()
+    capsys.readouterr()
+    assert run_recipe(recipe).read_bytes() == first
+    printed = capsys.readouterr().out
+    assert "2-addition: found" in printed
+    assert "3-swap  step 3/3" in printed
+
+
+def test_losses_repeat_under_a_seed(tmp_path: Path) -> None:
+    losses = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        run_recipe(write_recipe(folder))
+        losses.append(json.loads((folder / "3-swap.losses.json").read_text()))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_recipes_can_be_read(path: Path) -> None:
+    assert read_recipe(path).stages[-1].kind == "swap"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('preset = "debug"', 'preset = "none"', "preset"),
+        ("clips = 8\n", "", "clips"),
+        ("steps = 3", 'steps = "3"', "steps"),
+        ("steps = 3", "stepz = 3", "stepz"),
+        ('title = "tiny"', "title =", "TOML"),
+        ('kind = "swap"', 'kind = "addition"', "swap"),
+    ],
+)
+def test_recipes_that_cannot_be_used_are_refused_in_a_sentence(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in TINY
+    with pytest.raises(ValueError, match=message):
+        run_recipe(write_recipe(tmp_path, TINY.replace(old, new)))
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -1,0 +1,224 @@
+"""A training run as a TOML file: read, check, build, train, save."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from videofactory_core import checkpoint
+from videofactory_core.config import PRESETS, ModelConfig, from_dict
+from videofactory_core.diffusion import Schedule as NoiseSchedule
+from videofactory_core.text import TextEncoder, Tokenizer, pad_token
+from videofactory_core.unet.model import VideoUNet
+
+from . import autoencoder as autoencoder_training
+from . import denoiser as denoiser_training
+from .data.moving_shapes import MovingShapes
+from .loop import Schedule, train
+
+
+@dataclass(frozen=True)
+class AutoencoderStage:
+    """First stage: `frames_per_clip` frames of each clip, `schedule.batch_size` frames a step."""
+
+    schedule: Schedule
+    frames_per_clip: int = 2
+    loss: autoencoder_training.AutoencoderLoss = field(default_factory=autoencoder_training.AutoencoderLoss)
+
+
+@dataclass(frozen=True)
+class DenoiserStage:
+    """One stage of the U-Net: single frames, clips with addition (the paper's stage 1), or clips with Swap-CA."""
+
+    kind: Literal["images", "addition", "swap"]
+    schedule: Schedule
+    caption_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run; see `train/recipes/demo.toml` for the meaning of every key."""
+
+    title: str
+    licence: str
+    origin: str
+    preset: str
+    output: str
+    clips: int
+    autoencoder: AutoencoderStage
+    stages: tuple[DenoiserStage, ...]
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    workers: int = 1
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe; ValueError or OSError with one sentence when it cannot be used."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}; name a .toml file")
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    missing = {"title", "licence", "origin", "preset", "output", "clips", "autoencoder", "stages"} - set(data)
+    if missing:
+        raise ValueError(f"{path} lacks the setting {sorted(missing)[0]!r}")
+    recipe = from_dict(Recipe, data, path.name)
+    if recipe.preset not in PRESETS:
+        raise ValueError(f"{path}: preset {recipe.preset!r} is not one of {', '.join(PRESETS)}")
+    return recipe
+
+
+class Run:
+    """A recipe at work in its folder; every finished stage is a file there, and a second start goes on behind it."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.config: ModelConfig = PRESETS[recipe.preset]
+        self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def log(self, line: str) -> None:
+        """Print a line and keep it in the run's log."""
+        print(line, flush=True)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def clips(self, num_clips: int, num_frames: int, seed: int) -> MovingShapes:
+        return MovingShapes(num_clips, num_frames, self.config.height, self.config.width, seed)
+
+    def restore(self, name: str, module: nn.Module) -> bool:
+        """Load a finished stage into `module`, if there is one."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return False
+        with safe_open(path, "pt") as file:
+            module.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        self.log(f"{name}: found {path.name}, going on behind it")
+        return True
+
+    def keep(self, name: str, tensors: dict[str, torch.Tensor], losses: list[float]) -> None:
+        """Write a finished stage."""
+        path = self.folder / f"{name}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        temporary.replace(path)
+        (self.folder / f"{name}.losses.json").write_text(json.dumps(losses), encoding="utf-8")
+
+    def train_autoencoder(self) -> autoencoder_training.Autoencoder:
+        """The autoencoder, trained or restored, with the latent scale measured from it in `self.config`."""
+        stage = self.recipe.autoencoder
+        model = autoencoder_training.Autoencoder(self.config.autoencoder).to(self.accelerator.device)
+        clips = self.clips(1 << 30, stage.frames_per_clip, self.recipe.seed + 1)
+
+        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            return autoencoder_training.frame_batches(
+                clips, stage.schedule.batch_size, stage.frames_per_clip, self.recipe.workers
+            )
+
+        if not self.restore("autoencoder", model):
+            device = self.accelerator.device
+            losses = train(
+                model,
+                batches(),
+                lambda batch: stage.loss(model, batch[0].to(device), batch[1].to(device)),
+                stage.schedule,
+                self.accelerator,
+                lambda line: self.log(f"autoencoder  {line}"),
+            )
+            self.keep("autoencoder", model.state_dict(), losses)
+        model.eval()
+        scale = round(autoencoder_training.measure_scale(model, batches(), self.accelerator), 4)
+        self.config = replace(self.config, autoencoder=replace(self.config.autoencoder, scale_factor=scale))
+        model.config = self.config.autoencoder
+        self.log(f"latent scale {scale}")
+        return model
+
+    def latents(self, autoencoder: autoencoder_training.Autoencoder) -> denoiser_training.Latents:
+        """The recipe's clips in latent space, from the run's folder when they are there."""
+        path = self.folder / "latents.safetensors"
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                return denoiser_training.Latents(file.get_tensor("latents"), file.get_tensor("tokens"))
+        clips = self.clips(self.recipe.clips, self.config.frames, self.recipe.seed)
+        data = denoiser_training.encode_clips(autoencoder, clips, self.config, self.recipe.workers, self.accelerator)
+        self.keep("latents", {"latents": data.latents, "tokens": data.tokens}, [])
+        return data
+
+    def train_denoiser(self, data: denoiser_training.Latents) -> denoiser_training.Denoiser:
+        """All stages of the U-Net, each starting from the one before; what is new in a stage starts as the identity."""
+        schedule = NoiseSchedule.from_config(self.config.diffusion)
+        empty = Tokenizer(pad_token(self.config.text), self.config.text.max_tokens)("")
+        full = self.config.unet
+        kinds = {
+            "images": denoiser_training.spatial_only(full),
+            "addition": replace(full, merge="add"),
+            "swap": full,
+        }
+        before: denoiser_training.Denoiser | None = None
+        for number, stage in enumerate(self.recipe.stages):
+            name = f"{number + 1}-{stage.kind}"
+            torch.manual_seed(self.recipe.seed + 10 * (number + 1))
+            model = denoiser_training.Denoiser(VideoUNet(kinds[stage.kind]), TextEncoder(self.config.text))
+            if before is not None:
+                unknown = model.load_state_dict(before.state_dict(), strict=False).unexpected_keys
+                if unknown:
+                    raise ValueError(f"stage {name} cannot follow the one before it: it lacks {unknown[0]!r}")
+            model.to(self.accelerator.device)
+            if not self.restore(name, model):
+                generator = torch.Generator().manual_seed(self.recipe.seed + number)
+                frames = 1 if stage.kind == "images" else data.latents.shape[2]
+                dropout = stage.caption_dropout
+                losses = train(
+                    model,
+                    denoiser_training.latent_batches(data, stage.schedule.batch_size, frames, generator),
+                    lambda batch, model=model, dropout=dropout: model.loss(batch, schedule, dropout, empty),  # type: ignore[misc]
+                    stage.schedule,
+                    self.accelerator,
+                    lambda line, name=name: self.log(f"{name}  {line}"),  # type: ignore[misc]
+                )
+                self.keep(name, model.state_dict(), losses)
+            before = model
+        assert before is not None
+        return before
+
+
+def run_recipe(path: Path) -> Path:
+    """Train what the recipe says and write one checkpoint; returns its path.
+
+    Raises ValueError for a recipe that cannot be used.
+    """
+    recipe = read_recipe(path)
+    if not recipe.stages or recipe.stages[-1].kind != "swap":
+        raise ValueError(f"{path}: the last of the stages must be of kind 'swap'")
+    output = Path(recipe.output)
+    torch.manual_seed(recipe.seed)
+    run = Run(recipe, output.parent)
+    autoencoder = run.train_autoencoder()
+    denoiser = run.train_denoiser(run.latents(autoencoder))
+    model = checkpoint.Model(
+        config=run.config,
+        unet=denoiser.unet,
+        autoencoder=autoencoder,
+        text_encoder=denoiser.text_encoder,
+        metadata=checkpoint.Metadata(title=recipe.title, licence=recipe.licence, origin=recipe.origin),
+    )
+    checkpoint.save(output, model, model.metadata, dtype=torch.float16)
+    run.log(f"wrote {output}")
+    return output
