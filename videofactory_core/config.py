@@ -17,15 +17,22 @@ BetaSchedule = Literal["scaled_linear", "linear"]
 MAX_DIMENSION = 1 << 17
 
 
+# Counts that may be zero, where zero means that the thing is absent.
+MAY_BE_ZERO = {"head_dim", "num_heads", "temporal_positions", "transformer_depth", "skip_last_layers"}
+
+
 def _check_sizes(config: Any) -> None:
-    """Every integer of a configuration is a count, so it is bounded."""
+    """Every integer of a configuration is a count, so it is bounded; no list of them is empty."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        if value == ():
+            raise ValueError(f"{f.name}: the list is empty")
+        least = 0 if f.name in MAY_BE_ZERO else 1
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not 0 < number < 1e6:
                 raise ValueError(f"{f.name}: {number} is out of range")
-            if isinstance(number, int) and not isinstance(number, bool) and not 0 <= number <= MAX_DIMENSION:
-                raise ValueError(f"{f.name}: {number} is out of range (0 to {MAX_DIMENSION})")
+            if isinstance(number, int) and not isinstance(number, bool) and not least <= number <= MAX_DIMENSION:
+                raise ValueError(f"{f.name}: {number} is out of range ({least} to {MAX_DIMENSION})")
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,9 @@ class UNetConfig:
             raise ValueError("set either head_dim or num_heads, and the other to 0")
         if self.model_channels % self.norm_groups:
             raise ValueError("model_channels must be a multiple of norm_groups")
+        for channels in (self.model_channels * m for m in self.channel_mult):
+            if channels % self.heads(channels):
+                raise ValueError(f"{channels} channels do not divide into {self.heads(channels)} attention heads")
 
     def heads(self, channels: int) -> int:
         """Number of attention heads in a layer of `channels`."""
@@ -93,6 +103,8 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        if self.channels % self.norm_groups:
+            raise ValueError("channels must be a multiple of norm_groups")
 
     @property
     def downscale(self) -> int:
@@ -115,6 +127,10 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} attention heads")
+        if self.skip_last_layers >= self.layers:
+            raise ValueError("skip_last_layers must leave at least one layer")
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,12 @@ def _complete(told: dict[str, dict[str, Any]]) -> tuple[ModelConfig, str]:
         autoencoder=dataclasses.replace(
             base.autoencoder, **autoencoder, norm_groups=math.gcd(autoencoder["channels"], 32)
         ),
-        text=dataclasses.replace(base.text, **text, heads=max(1, text["width"] // math.gcd(text["width"], 64))),
+        text=dataclasses.replace(
+            base.text,
+            **text,
+            heads=max(1, text["width"] // math.gcd(text["width"], 64)),
+            skip_last_layers=min(base.text.skip_last_layers, text["layers"] - 1),
+        ),
     )
     return config, "sizes that no preset has"
 

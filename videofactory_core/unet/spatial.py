@@ -57,7 +57,8 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = ops.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
         self.temporal = TemporalConv(channels, groups, ops) if config.temporal_conv else None
-        self.temporal_skip = TemporalSkip(skip_from, channels, ops) if skip_from and config.temporal_skips else None
+        carries = skip_from > 0 and config.temporal_conv and config.temporal_skips
+        self.temporal_skip = TemporalSkip(skip_from, channels, ops) if carries else None
         self.merge = build_merge(config, channels, end, ops, attention) if self.temporal is not None else None
 
     def forward(self, x: Tensor, t: Tensor | None, emb: Tensor, num_frames: int) -> tuple[Tensor, Tensor | None]:
