@@ -1,0 +1,26 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from videofactory_core import checkpoint
+from videofactory_core.config import PRESETS
+
+
+@pytest.fixture(scope="session")
+def debug_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest model with random weights everywhere, the zero-initialised layers too."""
+    torch.manual_seed(0)
+    model = checkpoint.build(PRESETS["debug"])
+    with torch.no_grad():
+        for part in (model.unet, model.autoencoder, model.text_encoder):
+            for weight in part.parameters():
+                if not weight.any():
+                    weight.normal_(std=0.05)
+    path = tmp_path_factory.mktemp("models") / "debug.safetensors"
+    checkpoint.save(path, model, checkpoint.Metadata(title="debug", licence="Apache-2.0", origin="a test"))
+    return path
