@@ -760,3 +760,9 @@ def test_metadata_cannot_steer_a_terminal(model: Model, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "a.safetensors", model, Metadata("\x1b[2Jtitle", "l\r", "o\n"))
     explained = checkpoint.explain(tmp_path / "a.safetensors")
     assert (explained.title, explained.licence, explained.origin) == (" [2Jtitle", "l ", "o ")
+
+
+def test_the_demo_model_fits_its_25_megabytes(tmp_path: Path) -> None:
+    path = tmp_path / "demo.safetensors"
+    checkpoint.save(path, checkpoint.build(PRESETS["demo"]), METADATA, dtype=torch.float16)
+    assert path.stat().st_size <= 25_000_000

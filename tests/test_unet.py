@@ -195,9 +195,9 @@ def test_frames_may_have_their_own_noise_levels_and_prompts() -> None:
 
 
 def test_odd_sizes_come_back_as_they_went_in() -> None:
-    unet = VideoUNet(replace(PRESETS["demo"].unet))
+    config = PRESETS["demo"].unet
     x = torch.randn(1, 4, 2, 11, 43)
-    assert unet(x, torch.tensor([1]), torch.randn(1, 3, 64)).shape == x.shape
+    assert VideoUNet(config)(x, torch.tensor([1]), torch.randn(1, 3, config.context_dim)).shape == x.shape
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
