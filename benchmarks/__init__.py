@@ -1,0 +1,1 @@
+"""One question a file; `python -m benchmarks NAME` prints a table of ratios from one run."""
