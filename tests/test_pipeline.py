@@ -107,6 +107,7 @@ def test_half_precision_runs(command) -> None:
         (["--frames", "0"], "at least 1 frame"),
         (["--frames", "33"], "32 frame positions"),
         (["--size", "17x8"], "multiples of 2"),
+        (["--size", "400000x400000"], "GiB"),
         (["--guidance-scale", "0.5"], "below 1"),
         (["--guidance-scale", "nan"], "below 1"),
         (["--sampler", "magic"], "ddim"),

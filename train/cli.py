@@ -129,7 +129,7 @@ def run_generate(options: argparse.Namespace) -> None:
     import videofactory_core
     from videofactory_core import checkpoint
     from videofactory_core.pipeline import generate
-    from videofactory_core.video import write_video
+    from videofactory_core.video import check_fps, write_video
 
     path = options.checkpoint or Path(videofactory_core.__file__).parent / "assets" / DEMO
     try:
@@ -141,6 +141,8 @@ def run_generate(options: argparse.Namespace) -> None:
     width, height = options.size or (model.config.width, model.config.height)
     num_frames = model.config.frames if options.frames is None else options.frames
     fps = model.config.fps if options.fps is None else options.fps
+    for file in files:
+        check_fps(file, fps)
 
     for i, file in enumerate(files):
         request: dict[str, Any] = {

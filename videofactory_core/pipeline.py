@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -43,6 +44,33 @@ def check_request(
         )
 
 
+def check_memory(config: ModelConfig, num_frames: int, width: int, height: int, like: Tensor) -> None:
+    """Refuse with a ValueError a clip that cannot fit into the memory of the device and dtype of `like`.
+
+    What is counted surely stands in memory at once, so a clip that passes may still be too large: the float32 frames
+    twice, or the features of the U-Net's first level that wait for the decoder, for prompt and negative prompt.
+    """
+    frames = 2 * num_frames * height * width * config.autoencoder.in_channels * 4
+    cells = num_frames * height * width // config.autoencoder.downscale**2
+    waiting = config.unet.num_res_blocks + 1
+    features = 2 * cells * config.unet.model_channels * waiting * like.element_size()
+    total = total_memory(like.device)
+    if total is not None and max(frames, features) > total:
+        raise ValueError(
+            f"{num_frames} frames of {width}x{height} need more than the {total / 2**30:.0f} GiB of memory that there"
+            " are; ask for a smaller size or fewer frames"
+        )
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a device, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
 @torch.no_grad()
 def generate(
     model: Model,
@@ -69,6 +97,7 @@ def generate(
     check_request(config, num_frames, width, height, guidance_scale, sampler, steps)
 
     weight = next(model.unet.parameters())
+    check_memory(config, num_frames, width, height, weight)
     guided = guidance_scale > 1
     prompts: Sequence[str] = [prompt, negative_prompt] if guided else [prompt]
     window = config.text.max_tokens - 2

@@ -113,10 +113,6 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig, operations: Operations = nn, attention: Attention = ops.attention) -> None:
         super().__init__()
-        if config.heads == 0 or config.width % config.heads:
-            raise ValueError(f"text: width {config.width} must be a multiple of heads {config.heads}")
-        if config.skip_last_layers > config.layers:
-            raise ValueError(f"text: skip_last_layers {config.skip_last_layers} exceeds the {config.layers} layers")
         self.config = config
         self.tokenizer = Tokenizer(pad_token(config), config.max_tokens)
         self.text_model = TextTransformer(config, operations, attention)

@@ -103,6 +103,16 @@ def check_writable(path: Pathlike) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}): choose a folder that you may write to") from error
 
 
+def check_fps(path: Pathlike, fps: float) -> None:
+    """Raise ValueError when the kind of file that `path` names cannot hold `fps` frames a second."""
+    path = Path(path)
+    highest = _container(path).max_fps
+    if not MIN_FPS <= fps <= highest:
+        raise ValueError(
+            f"{fps} frames a second do not fit a {path.suffix.lower()} file: choose {MIN_FPS} to {highest:g}"
+        )
+
+
 def write_video(path: Pathlike, frames: Tensor, fps: float, metadata: dict[str, str] | None = None) -> None:
     """Write `frames [F, H, W, 3]`, RGB as float in 0..1 (clamped) or uint8, at `fps` frames a second (0.01 to 240).
 
@@ -125,10 +135,7 @@ def write_video(path: Pathlike, frames: Tensor, fps: float, metadata: dict[str, 
     container = _container(path)
     if frames.numel() == 0:
         raise ValueError(f"{path} was not written: there are no frames in a video of shape {list(frames.shape)}")
-    if not MIN_FPS <= fps <= container.max_fps:
-        raise ValueError(
-            f"{fps} frames a second do not fit a {path.suffix.lower()} file: choose {MIN_FPS} to {container.max_fps:g}"
-        )
+    check_fps(path, fps)
 
     import av
 
