@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,11 +39,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().norm() / b.detach().norm())
 
 
-def diffusers_twin(model: Autoencoder) -> AutoencoderKL:
+def diffusers_twin(model: Autoencoder) -> Any:
     """diffusers' model with our weights, which its own reader of Stable Diffusion checkpoints takes by their names."""
     config = model.config
     levels = len(config.channel_mult)
-    twin = AutoencoderKL(
+    twin: Any = AutoencoderKL(
         in_channels=config.in_channels,
         out_channels=config.in_channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -101,14 +102,16 @@ def test_videos_are_their_frames_scaled_on_the_way_in_and_clamped_on_the_way_out
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 5, 100, None])
-def test_chunks_do_not_change_the_result(chunk: int | None) -> None:
-    # In float64: the order of summation may depend on the batch, and float32 rounding would hide a mistake.
-    model = random_model(PRESETS["demo"].autoencoder).double()
-    video = random_video(1, 3, 5, 16, 24).double()
+# A convolution may take another kernel for another batch: in float32 two chunk sizes lie about as far apart as each
+# lies from float64, and float64 shows that nothing but rounding differs.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_chunks_change_nothing_but_rounding(chunk: int | None, dtype: torch.dtype, bound: float) -> None:
+    model = random_model(PRESETS["demo"].autoencoder).to(dtype)
+    video = random_video(1, 3, 5, 16, 24).to(dtype)
     encoded = model.encode(video, chunk=5)
     decoded = model.decode(encoded, chunk=5)
-    assert relative_error(model.encode(video, chunk=chunk), encoded) <= 1e-12
-    assert relative_error(model.decode(encoded, chunk=chunk), decoded) <= 1e-12
+    assert relative_error(model.encode(video, chunk=chunk), encoded) <= bound
+    assert relative_error(model.decode(encoded, chunk=chunk), decoded) <= bound
 
 
 def test_draws_follow_the_moments_and_the_generator_whatever_the_chunk() -> None:
@@ -119,7 +122,7 @@ def test_draws_follow_the_moments_and_the_generator_whatever_the_chunk() -> None
     expected = ((mean + logvar.exp().sqrt() * noise) * DEBUG.scale_factor).transpose(0, 1).unsqueeze(0)
     for chunk in (1, 3, 4):
         drawn = model.encode(video, chunk=chunk, generator=torch.Generator().manual_seed(7), sample=True)
-        assert relative_error(drawn, expected.detach()) <= 1e-5
+        assert relative_error(drawn, expected) <= 1e-5
 
 
 def test_log_variance_is_clamped() -> None:
