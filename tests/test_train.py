@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from videofactory_train.loop import State
 from videofactory_train.recipe import read_recipe, run_recipe
 
 from videofactory_core import checkpoint
@@ -75,6 +76,38 @@ def test_second_start_goes_on_behind_finished_stages(tmp_path: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "2-addition: found" in printed
     assert "3-swap  step 3/3" in printed
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "3-swap"])
+def test_an_interrupted_stage_goes_on_with_the_same_bytes(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TINY.replace("steps = 3\n", "steps = 3\nsave_every = 1\n").replace(
+        "steps = 2\n", "steps = 2\nsave_every = 1\n"
+    )
+    (tmp_path / "whole").mkdir()
+    whole = run_recipe(write_recipe(tmp_path / "whole", text)).read_bytes()
+    (tmp_path / "parts").mkdir()
+    recipe = write_recipe(tmp_path / "parts", text)
+    save = State.save
+
+    def save_and_stop(self: State, losses: list[float]) -> None:
+        save(self, losses)
+        if self.path.name.startswith(name):
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", save_and_stop)
+        with pytest.raises(Interrupted):
+            run_recipe(recipe)
+    capsys.readouterr()
+    assert run_recipe(recipe).read_bytes() == whole
+    assert f"{name}  going on from step 1" in capsys.readouterr().out
+    assert not list((tmp_path / "parts").glob("*.state.*"))
 
 
 def test_losses_repeat_under_a_seed(tmp_path: Path) -> None:

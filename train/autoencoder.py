@@ -37,17 +37,18 @@ class AutoencoderLoss:
 
 
 def frame_batches(
-    clips: MovingShapes, batch_size: int, frames_per_clip: int, workers: int
+    clips: MovingShapes, batch_size: int, frames_per_clip: int, workers: int, first: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of `batch_size` single frames `[N, 3, H, W]` and object masks `[N, 1, H, W]`."""
-    loader = DataLoader(clips, batch_size=max(1, batch_size // frames_per_clip), num_workers=workers, drop_last=True)
-    while True:
-        for clip in loader:
-            video = rearrange(clip["video"], "B C F H W -> (B F) C H W")
-            # The neighbourhood of the edge counts as the object, or its outline blurs.
-            mask = rearrange(clip["mask"], "B F H W -> (B F) 1 H W")
-            mask = torch.nn.functional.max_pool2d(mask, 5, stride=1, padding=2)
-            yield video, mask
+    """Batches from number `first` on: `batch_size` frames `[N, 3, H, W]` and object masks `[N, 1, H, W]`."""
+    clips_a_batch = max(1, batch_size // frames_per_clip)
+    order = range(first * clips_a_batch, len(clips))
+    loader = DataLoader(clips, batch_size=clips_a_batch, sampler=order, num_workers=workers, drop_last=True)
+    for clip in loader:
+        video = rearrange(clip["video"], "B C F H W -> (B F) C H W")
+        # The neighbourhood of the edge counts as the object, or its outline blurs.
+        mask = rearrange(clip["mask"], "B F H W -> (B F) 1 H W")
+        mask = torch.nn.functional.max_pool2d(mask, 5, stride=1, padding=2)
+        yield video, mask
 
 
 @torch.no_grad()

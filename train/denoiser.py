@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -49,17 +50,16 @@ def spatial_only(config: UNetConfig) -> UNetConfig:
     return replace(config, temporal_conv=False, temporal_attention=False, temporal_skips=False)
 
 
-def latent_batches(data: Latents, batch_size: int, num_frames: int, generator: torch.Generator) -> Iterator[Latents]:
-    """Endless random batches; with `num_frames` 1 a random frame of each clip, otherwise whole clips."""
-    total_frames = data.latents.shape[2]
-    while True:
-        order = torch.randperm(len(data.latents), generator=generator)
-        for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
-            latents = data.latents[chosen]
-            if num_frames == 1:
-                frame = torch.randint(total_frames, (len(chosen),), generator=generator)
-                latents = latents[torch.arange(len(chosen)), :, frame].unsqueeze(2)
-            yield Latents(latents.float(), data.tokens[chosen])
+def latent_batches(data: Latents, batch_size: int, num_frames: int, seed: int, first: int) -> Iterator[Latents]:
+    """Endless random batches from number `first` on; with `num_frames` 1 a random frame of each clip, else whole clips."""
+    for number in itertools.count(first):
+        generator = torch.Generator().manual_seed((seed << 32) + number)
+        chosen = torch.randint(len(data.latents), (batch_size,), generator=generator)
+        latents = data.latents[chosen]
+        if num_frames == 1:
+            frame = torch.randint(latents.shape[2], (batch_size,), generator=generator)
+            latents = latents[torch.arange(batch_size), :, frame].unsqueeze(2)
+        yield Latents(latents.float(), data.tokens[chosen])
 
 
 class Denoiser(nn.Module):
@@ -70,9 +70,13 @@ class Denoiser(nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def loss(self, batch: Latents, schedule: Schedule, caption_dropout: float, empty: Tensor) -> Tensor:
-        """Mean squared error of the network's prediction at a uniformly random time step of every clip.
+    def loss(
+        self, batch: Latents, schedule: Schedule, caption_dropout: float, timestep_shift: float, empty: Tensor
+    ) -> Tensor:
+        """Mean squared error of the network's prediction at a random time step of every clip.
 
+        The share of the schedule `u`, uniform in 0..1, becomes `s u / (1 + (s - 1) u)`: a `timestep_shift` s above 1
+        trains more on high noise, where a clip's many alike frames still show what is in it and its motion is decided.
         `empty [1, 77]` are the tokens of the empty prompt that a dropped caption becomes, which is what
         classifier-free guidance asks for later.
         """
@@ -80,7 +84,9 @@ class Denoiser(nn.Module):
         latents, tokens = batch.latents.to(device), batch.tokens.to(device)
         dropped = torch.rand(len(tokens), device=device) < caption_dropout
         tokens = torch.where(dropped[:, None, None], empty.to(device), tokens)
-        timesteps = torch.randint(schedule.num_timesteps, (len(latents),), device=device)
+        share = torch.rand(len(latents), device=device)
+        share = timestep_shift * share / (1 + (timestep_shift - 1) * share)
+        timesteps = (share * schedule.num_timesteps).long().clamp_(max=schedule.num_timesteps - 1)
         noise = torch.randn_like(latents)
         noisy = schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, self.text_encoder(tokens))

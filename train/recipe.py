@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ class DenoiserStage:
     kind: Literal["images", "addition", "swap"]
     schedule: Schedule
     caption_dropout: float = 0.1
+    timestep_shift: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,11 @@ class Run:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
         temporary.replace(path)
         (self.folder / f"{name}.losses.json").write_text(json.dumps(losses), encoding="utf-8")
+        self.state_path(name).unlink(missing_ok=True)
+
+    def state_path(self, name: str) -> Path:
+        """Where a stage under way keeps its state."""
+        return self.folder / f"{name}.state.safetensors"
 
     def train_autoencoder(self) -> autoencoder_training.Autoencoder:
         """The autoencoder, trained or restored, with the latent scale measured from it in `self.config`."""
@@ -127,24 +134,26 @@ class Run:
         model = autoencoder_training.Autoencoder(self.config.autoencoder).to(self.accelerator.device)
         clips = self.clips(1 << 30, stage.frames_per_clip, self.recipe.seed + 1)
 
-        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        def batches(first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             return autoencoder_training.frame_batches(
-                clips, stage.schedule.batch_size, stage.frames_per_clip, self.recipe.workers
+                clips, stage.schedule.batch_size, stage.frames_per_clip, self.recipe.workers, first
             )
 
         if not self.restore("autoencoder", model):
             device = self.accelerator.device
             losses = train(
                 model,
-                batches(),
+                batches,
                 lambda batch: stage.loss(model, batch[0].to(device), batch[1].to(device)),
                 stage.schedule,
                 self.accelerator,
                 lambda line: self.log(f"autoencoder  {line}"),
+                seed=self.recipe.seed,
+                state_path=self.state_path("autoencoder"),
             )
             self.keep("autoencoder", model.state_dict(), losses)
         model.eval()
-        scale = round(autoencoder_training.measure_scale(model, batches(), self.accelerator), 4)
+        scale = round(autoencoder_training.measure_scale(model, batches(0), self.accelerator), 4)
         self.config = replace(self.config, autoencoder=replace(self.config.autoencoder, scale_factor=scale))
         model.config = self.config.autoencoder
         self.log(f"latent scale {scale}")
@@ -182,16 +191,27 @@ class Run:
                     raise ValueError(f"stage {name} cannot follow the one before it: it lacks {unknown[0]!r}")
             model.to(self.accelerator.device)
             if not self.restore(name, model):
-                generator = torch.Generator().manual_seed(self.recipe.seed + number)
-                frames = 1 if stage.kind == "images" else data.latents.shape[2]
-                dropout = stage.caption_dropout
                 losses = train(
                     model,
-                    denoiser_training.latent_batches(data, stage.schedule.batch_size, frames, generator),
-                    lambda batch, model=model, dropout=dropout: model.loss(batch, schedule, dropout, empty),  # type: ignore[misc]
+                    partial(
+                        denoiser_training.latent_batches,
+                        data,
+                        stage.schedule.batch_size,
+                        1 if stage.kind == "images" else data.latents.shape[2],
+                        self.recipe.seed + 1000 + number,
+                    ),
+                    partial(
+                        model.loss,
+                        schedule=schedule,
+                        caption_dropout=stage.caption_dropout,
+                        timestep_shift=stage.timestep_shift,
+                        empty=empty,
+                    ),
                     stage.schedule,
                     self.accelerator,
                     lambda line, name=name: self.log(f"{name}  {line}"),  # type: ignore[misc]
+                    seed=self.recipe.seed + number,
+                    state_path=self.state_path(name),
                 )
                 self.keep(name, model.state_dict(), losses)
             before = model
