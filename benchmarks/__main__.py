@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
-from . import unet
-
-BENCHMARKS = {"unet": unet.against_diffusers, "swap": unet.cost_of_swap_attention}
+# Each is imported when it runs, so that a benchmark needs only what it uses.
+BENCHMARKS = {
+    "unet": ("unet", "against_diffusers"),
+    "swap": ("unet", "cost_of_swap_attention"),
+    "demo": ("demo", "report"),
+}
 
 if len(sys.argv) != 2 or sys.argv[1] not in BENCHMARKS:
     sys.exit(f"usage: python -m benchmarks NAME, where NAME is one of {', '.join(BENCHMARKS)}")
-BENCHMARKS[sys.argv[1]]()
+module, function = BENCHMARKS[sys.argv[1]]
+getattr(import_module(f"benchmarks.{module}"), function)()

@@ -51,7 +51,7 @@ def spatial_only(config: UNetConfig) -> UNetConfig:
 
 
 def latent_batches(data: Latents, batch_size: int, num_frames: int, seed: int, first: int) -> Iterator[Latents]:
-    """Endless random batches from number `first` on; with `num_frames` 1 a random frame of each clip, else whole clips."""
+    """Random batches from number `first` on; with `num_frames` 1 a random frame of each clip, else whole clips."""
     for number in itertools.count(first):
         generator = torch.Generator().manual_seed((seed << 32) + number)
         chosen = torch.randint(len(data.latents), (batch_size,), generator=generator)

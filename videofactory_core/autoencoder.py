@@ -74,7 +74,7 @@ class Autoencoder(nn.Module):
         """Latents `[B, 4, F, h, w]`, multiplied by `config.scale_factor`, of `video [B, 3, F, H, W]` in -1..1.
 
         They are the mean, or with `sample` a draw `mean + exp(logvar / 2) * noise` whose noise comes from `generator`.
-        `chunk` frames go through at a time (None: what the free memory allows); that changes the result by no more than rounding.
+        `chunk` frames go through at a time (None: what the free memory allows), which changes nothing but rounding.
         """
         batch = video.shape[0]
         frames = rearrange(video, "B C F H W -> (B F) C H W")
@@ -91,7 +91,7 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         """Video `[B, 3, F, H, W]` in -1..1 of `latents [B, 4, F, h, w]` as `encode` returns them.
 
-        `chunk` frames go through at a time (None: what the free memory allows); that changes the result by no more than rounding.
+        `chunk` frames go through at a time (None: what the free memory allows), which changes nothing but rounding.
         """
         batch = latents.shape[0]
         frames = rearrange(latents, "B C F h w -> (B F) C h w") / self.config.scale_factor

@@ -58,6 +58,12 @@ class Combination(NamedTuple):
     background: str
 
 
+def caption(combination: Combination) -> str:
+    """The sentence that describes a clip."""
+    colour, shape, direction, background = combination
+    return f"a {colour} {shape} moving {direction} on a {background} background"
+
+
 def is_held_out(colour: int, shape: int, direction: int, background: int) -> bool:
     """Whether the combination with these word indices is kept from training: `c + 2 s + 3 d + b = 0 (mod 6)`.
 
@@ -98,7 +104,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
+        return caption(self.combination)
 
 
 def random_scene(combination: Combination, generator: torch.Generator, aspect: float = 16 / 9) -> Scene:

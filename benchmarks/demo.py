@@ -1,0 +1,90 @@
+"""The demo model on the combinations of words that its training never saw: a table, a contact sheet, a mosaic.
+
+Every clip comes from `pipeline.generate` with the defaults of `videofactory generate`; the checker looks at pixels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+from videofactory_train.data.moving_shapes import HELD_OUT, Combination, caption
+from videofactory_train.data.shape_checker import Verdict, check, summarise
+
+import videofactory_core
+from videofactory_core import checkpoint
+from videofactory_core.pipeline import generate
+from videofactory_core.video import write_video
+
+SEEDS = 4
+# A third of the combinations, taken in strides that meet every word.
+SAMPLE = tuple(HELD_OUT[7 * i % len(HELD_OUT)] for i in range(len(HELD_OUT) // 3))
+BAR = {"colour": 0.95, "shape": 0.90, "direction": 0.95, "background": 0.95, "steady": 1.0}
+DEMO = Path(videofactory_core.__file__).parent / "assets" / "demo.safetensors"
+
+
+def judge(
+    model: checkpoint.Model, combinations: Sequence[Combination], seeds: int
+) -> tuple[dict[Combination, Tensor], list[tuple[Combination, Verdict]]]:
+    """The first clip `[F, H, W, 3]` of every combination, and the verdict on every clip."""
+    first: dict[Combination, Tensor] = {}
+    verdicts = []
+    with tqdm(total=len(combinations) * seeds, unit="clip") as bar:
+        for combination in combinations:
+            for seed in range(seeds):
+                frames = generate(model, caption(combination), seed=seed)
+                first.setdefault(combination, frames)
+                verdicts.append((combination, check(rearrange(frames, "F H W C -> C F H W") * 2 - 1)))
+                bar.update()
+    return first, verdicts
+
+
+def contact_sheet(clips: dict[Combination, Tensor], columns: int = 3) -> Image.Image:
+    """Four frames of every clip under its words."""
+    cells = []
+    for combination, frames in clips.items():
+        chosen = frames[torch.linspace(0, len(frames) - 1, 4).round().long()]
+        strip = rearrange(chosen, "F H W C -> H (F W) C").mul(255).round().byte().numpy()
+        cell = Image.new("RGB", (strip.shape[1] + 8, strip.shape[0] + 24), "white")
+        cell.paste(Image.fromarray(strip), (4, 18))
+        # White pictures need an edge on a white page.
+        ImageDraw.Draw(cell).rectangle((3, 17, strip.shape[1] + 4, strip.shape[0] + 18), outline="silver")
+        ImageDraw.Draw(cell).text((4, 3), caption(combination), fill="black", font_size=12)
+        cells.append(cell)
+    width, height = cells[0].size
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (width * columns, height * rows), "white")
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def mosaic(clips: Sequence[Tensor], columns: int = 4) -> Tensor:
+    """Clips side by side in one clip `[F, H, W, 3]`."""
+    return rearrange(torch.stack(list(clips)), "(R N) F H W C -> F (R H) (N W) C", N=columns)
+
+
+def report(path: Path = DEMO, folder: Path = Path("runs/demo-report")) -> None:
+    """36 combinations x 4 seeds: print the table beside the bar, and write a contact sheet and a mosaic."""
+    model = checkpoint.load(path)
+    clips, verdicts = judge(model, HELD_OUT, SEEDS)
+    shares = summarise(verdicts)
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(clips).save(folder / "held-out.png", optimize=True)
+    write_video(folder / "held-out.gif", mosaic([clips[combination] for combination in SAMPLE]), model.config.fps)
+    print(f"{len(verdicts)} clips of {len(HELD_OUT)} held-out combinations, torch {torch.__version__}")
+    for name, share in shares.items():
+        bar = f"{BAR[name]:.0%}" if name in BAR else ""
+        print(f"{name:<12}{share:8.1%}  {bar:>5}")
+    for combination, verdict in verdicts:
+        if not verdict.agrees(combination):
+            print(f"missed: {caption(combination)}: {verdict}")
+    print(f"pictures: {folder}")
+    if any(shares[name] < least for name, least in BAR.items()):
+        sys.exit("below the bar")
