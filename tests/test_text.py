@@ -259,7 +259,7 @@ def test_state_dict_names_are_the_classic_ones() -> None:
     assert set(TextEncoder(config).state_dict()) == expected
 
 
-def test_a_new_encoder_starts_from_small_normal_weights() -> None:
+def test_a_new_encoder_starts_with_words_far_apart() -> None:
     torch.manual_seed(0)
     for name, parameter in TextEncoder(SMALL).named_parameters():
         if "norm" in name:
@@ -267,7 +267,8 @@ def test_a_new_encoder_starts_from_small_normal_weights() -> None:
         elif name.endswith("bias"):
             assert not parameter.any()
         else:
-            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.1), name
+            expected = 1.0 if "embedding" in name else parameter.shape[1] ** -0.5
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.1), name
 
 
 def test_every_weight_learns() -> None:

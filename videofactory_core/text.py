@@ -28,7 +28,6 @@ START_TOKEN, END_TOKEN = 49406, 49407
 NUM_MERGES = START_TOKEN - 2 * 256
 # CLIP's definition of a word: contractions, runs of letters, single digits, runs of anything else that is not blank.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-INIT_STD = 0.02
 
 
 class Tokenizer:
@@ -230,10 +229,16 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=INIT_STD)
+    """Scales for narrow encoders trained from nothing: words start far apart, or the rarer ones drown in training.
+
+    CLIP's own 0.02 for embeddings let every word but the colours and backgrounds vanish from the demo's features.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight)
 
 
 OPEN_CLIP_NAMES = {
