@@ -10,6 +10,8 @@ BENCHMARKS = {
     "unet": ("unet", "against_diffusers"),
     "swap": ("unet", "cost_of_swap_attention"),
     "demo": ("demo", "report"),
+    "command": ("command", "report"),
+    "gpu": ("gpu", "report"),
 }
 
 if len(sys.argv) != 2 or sys.argv[1] not in BENCHMARKS:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,16 +75,41 @@ def against_diffusers() -> None:
     )
 
 
+TABLE_2 = {
+    "none": replace(PRESETS["sd21"].unet, merge="fuse"),
+    "window": PRESETS["sd21"].unet,
+    "global": replace(PRESETS["sd21"].unet, swap_window=None),
+}
+
+
+def table_2_inputs() -> tuple[Tensor, ...]:
+    """4 x 16 x 32 x 32, a time step and text features."""
+    return torch.randn(1, 4, 16, 32, 32, dtype=DTYPE), torch.tensor([500]), torch.randn(1, 77, 1024, dtype=DTYPE)
+
+
+def peak_memory(name: str) -> None:
+    """Print the GiB that a process holds with the weights of a row of Table 2, and at its peak in a forward pass."""
+    import resource
+
+    def held() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    before = held()
+    # Weights come in place, one at a time: building in float32 first would be the peak.
+    unet = build(TABLE_2[name])
+    weights = held()
+    with torch.no_grad():
+        unet(*table_2_inputs())
+    print(weights - before, held() - before)
+
+
 def cost_of_swap_attention() -> None:
-    """Table 2: 4 x 16 x 32 x 32, none, window and global."""
+    """Table 2: time and peak memory of a forward pass without Swap-CA, in windows and global."""
     describe_machine()
-    x = torch.randn(1, 4, 16, 32, 32, dtype=DTYPE)
-    inputs = (x, torch.tensor([500]), torch.randn(1, 77, 1024, dtype=DTYPE))
-    sd21 = PRESETS["sd21"].unet
-    compare(
-        {
-            "none": forward(build(replace(sd21, merge="fuse")), *inputs),
-            "window": forward(build(sd21), *inputs),
-            "global": forward(build(replace(sd21, swap_window=None)), *inputs),
-        }
-    )
+    inputs = table_2_inputs()
+    for name in TABLE_2:
+        code = f"from benchmarks.unet import peak_memory; peak_memory({name!r})"
+        printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        weights, peak = (float(number) for number in printed.split())
+        print(f"{name:<32}{weights:8.2f} GiB of weights, {peak:.2f} GiB at the peak")
+    compare({name: forward(build(config), *inputs) for name, config in TABLE_2.items()})
