@@ -35,6 +35,8 @@ def test_presets_survive_the_round_trip(name: str) -> None:
         ("autoencoder", "scale_factor", None),
         ("text", "width", 512),
         ("text", "heads", 7),
+        ("text", "max_tokens", 2),
+        ("text", "vocab_size", 49407),
         ("text", "skip_last_layers", 24),
         ("diffusion", "beta_start", 0.5),
         ("diffusion", "prediction_type", 3),

@@ -16,7 +16,7 @@ from videofactory_core import ops, text
 from videofactory_core.config import PRESETS, TextConfig
 from videofactory_core.text import TextEncoder, Tokenizer, from_open_clip, pad_token
 
-SMALL = TextConfig(width=32, layers=3, heads=4, vocab_size=49408, activation="quick_gelu", skip_last_layers=0)
+SMALL = TextConfig(width=32, layers=3, heads=4, activation="quick_gelu", skip_last_layers=0)
 PROMPTS = [
     "",
     "   \t\n ",
@@ -170,7 +170,7 @@ def test_features_are_those_of_transformers(activation: Any, skip: int, width: i
     torch.manual_seed(0)
     peer = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=200,
+            vocab_size=49408,
             hidden_size=width,
             intermediate_size=4 * width,
             num_hidden_layers=3,
@@ -179,14 +179,14 @@ def test_features_are_those_of_transformers(activation: Any, skip: int, width: i
         )
     ).eval()
     shake(peer)
-    config = TextConfig(width, 3, heads, vocab_size=200, activation=activation, skip_last_layers=skip)
+    config = TextConfig(width, 3, heads, activation=activation, skip_last_layers=skip)
     encoder = TextEncoder(config).eval()
     # Version 5 dropped the prefix from its own names, and version 4 kept the positions' numbers as a buffer.
     state = {"text_model." + name.removeprefix("text_model."): value for name, value in peer.state_dict().items()}
     state.pop("text_model.embeddings.position_ids", None)
     encoder.load_state_dict(state)
 
-    tokens = torch.randint(200, (2, 77))
+    tokens = torch.randint(49408, (2, 77))
     with torch.no_grad():
         hidden = peer(input_ids=tokens, output_hidden_states=True).hidden_states[-1 - skip]
         norm = dict(peer.named_modules())
@@ -249,7 +249,7 @@ def test_vit_h_has_open_clips_number_of_parameters() -> None:
 
 
 def test_state_dict_names_are_the_classic_ones() -> None:
-    config = TextConfig(width=8, layers=1, heads=2, vocab_size=10, skip_last_layers=0)
+    config = TextConfig(width=8, layers=1, heads=2, skip_last_layers=0)
     layer = "text_model.encoder.layers.0."
     parts = [f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")]
     parts += ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]

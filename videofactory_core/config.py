@@ -112,6 +112,9 @@ class AutoencoderConfig:
         return 1 << (len(self.channel_mult) - 1)
 
 
+CLIP_VOCABULARY = 49408
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """A CLIP text transformer."""
@@ -120,7 +123,7 @@ class TextConfig:
     layers: int = 24
     heads: int = 16
     max_tokens: int = 77
-    vocab_size: int = 49408
+    vocab_size: int = CLIP_VOCABULARY
     activation: Literal["quick_gelu", "gelu"] = "gelu"
     # Which hidden state conditions the U-Net: 0 the last layer's, 1 the one before it; the final norm always follows.
     skip_last_layers: int = 1
@@ -131,6 +134,10 @@ class TextConfig:
             raise ValueError(f"width {self.width} does not divide into {self.heads} attention heads")
         if self.skip_last_layers >= self.layers:
             raise ValueError("skip_last_layers must leave at least one layer")
+        if self.max_tokens < 3:
+            raise ValueError(f"max_tokens {self.max_tokens} has no room for a word between the start and end tokens")
+        if self.vocab_size < CLIP_VOCABULARY:
+            raise ValueError(f"vocab_size {self.vocab_size} is below the {CLIP_VOCABULARY} tokens of CLIP's vocabulary")
 
 
 @dataclass(frozen=True)
