@@ -50,14 +50,14 @@ def spatial_only(config: UNetConfig) -> UNetConfig:
     return replace(config, temporal_conv=False, temporal_attention=False, temporal_skips=False)
 
 
-def latent_batches(data: Latents, batch_size: int, num_frames: int, seed: int, first: int) -> Iterator[Latents]:
-    """Random batches from number `first` on; with `num_frames` 1 a random frame of each clip, else whole clips."""
+def latent_batches(data: Latents, batch_size: int, opening: int | None, seed: int, first: int) -> Iterator[Latents]:
+    """Random batches from number `first` on: one of the first `opening` frames of each clip, or with None all of it."""
     for number in itertools.count(first):
         generator = torch.Generator().manual_seed((seed << 32) + number)
         chosen = torch.randint(len(data.latents), (batch_size,), generator=generator)
         latents = data.latents[chosen]
-        if num_frames == 1:
-            frame = torch.randint(latents.shape[2], (batch_size,), generator=generator)
+        if opening is not None:
+            frame = torch.randint(opening, (batch_size,), generator=generator)
             latents = latents[torch.arange(batch_size), :, frame].unsqueeze(2)
         yield Latents(latents.float(), data.tokens[chosen])
 

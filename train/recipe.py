@@ -45,6 +45,12 @@ class DenoiserStage:
     schedule: Schedule
     caption_dropout: float = 0.1
     timestep_shift: float = 1.0
+    # Single frames come from this first share of a clip.
+    opening: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.opening <= 1:
+            raise ValueError(f"opening: {self.opening} is not a share of a clip; use a number above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ class Run:
                         denoiser_training.latent_batches,
                         data,
                         stage.schedule.batch_size,
-                        1 if stage.kind == "images" else data.latents.shape[2],
+                        max(1, round(stage.opening * data.latents.shape[2])) if stage.kind == "images" else None,
                         self.recipe.seed + 1000 + number,
                     ),
                     partial(

@@ -190,10 +190,10 @@ def _encode(path: Path, container: Container, frames: Tensor, fps: Fraction, met
         format=container.format,
         # Without bitexact the file names the library's version, and .webm holds random identifiers.
         container_options={"fflags": "+bitexact", **container.muxer_options},
-        # Text from a command line may hold bytes that are no text.
-        metadata_errors="replace",
+        **_any_text(),
     ) as file:
-        file.metadata.update(metadata)
+        # Text from a command line may hold bytes that are no text.
+        file.metadata.update({key: value.encode("utf-8", "replace").decode() for key, value in metadata.items()})
         try:
             stream = file.add_stream(
                 container.codec,
@@ -287,7 +287,17 @@ def read_metadata(path: Pathlike) -> dict[str, str]:
 
 def _metadata(file: Any) -> dict[str, str]:
     # Matroska spells keys in capitals.
-    return {key.lower(): value for key, value in file.metadata.items()}
+    return {
+        key.lower(): value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        for key, value in file.metadata.items()
+    }
+
+
+def _any_text() -> dict[str, Any]:
+    """Lets metadata hold any bytes: from version 19 PyAV always does, before it must be told to."""
+    import av
+
+    return {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "surrogateescape"}
 
 
 @contextlib.contextmanager
@@ -299,7 +309,7 @@ def _open(path: Pathlike) -> Iterator[Any]:
         raise FileNotFoundError(f"{path} is not a file: check the name")
     try:
         # An absolute path is never taken for the address of a network protocol.
-        with av.open(os.path.abspath(path), metadata_errors="replace") as file:
+        with av.open(os.path.abspath(path), **_any_text()) as file:
             yield file
     except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video ({error.strerror}): choose or make another file") from error
