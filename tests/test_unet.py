@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from videofactory_core import ops
 from videofactory_core.config import PRESETS, UNetConfig
 from videofactory_core.unet import windows
+from videofactory_core.unet.attention import CrossAttention
+from videofactory_core.unet.conditioning import Hooks
 from videofactory_core.unet.model import VideoUNet
 from videofactory_core.unet.swap_attention import SparseCausalAttention, SwapAttention
 
@@ -81,6 +83,86 @@ def test_merge_with_zero_output_is_addition(merge: str) -> None:
     added.load_state_dict({k: v for k, v in merged.state_dict().items() if k in added.state_dict()})
     x, t, context = inputs(config)
     assert relative_error(merged(x, t, context), added(x, t, context)) <= 1e-6
+
+
+def test_without_swap_strength_swap_attention_is_addition() -> None:
+    full, added = VideoUNet(DEBUG), VideoUNet(replace(DEBUG, merge="add"))
+    randomise(full)
+    added.load_state_dict({k: v for k, v in full.state_dict().items() if k in added.state_dict()})
+    x, t, context = inputs(DEBUG)
+    assert relative_error(full(x, t, context, swap_strength=0.0), added(x, t, context)) <= 1e-6
+    assert relative_error(full(x, t, context, swap_strength=0.5), full(x, t, context)) > 1e-3
+
+
+def test_without_motion_a_network_that_adds_is_the_image_network() -> None:
+    config = replace(DEBUG, merge="add", fusion="add", temporal_attention_in=True)
+    video, image = VideoUNet(config), VideoUNet(replace(image_config(config), temporal_attention_in=False))
+    randomise(video)
+    image.load_state_dict({k: v for k, v in video.state_dict().items() if k in image.state_dict()})
+    x, t, context = inputs(config)
+    assert relative_error(video(x, t, context, motion_scale=0.0), image(x, t, context)) <= 1e-6
+    assert relative_error(video(x, t, context, motion_scale=0.5), video(x, t, context)) > 1e-3
+
+
+class Recorder(Hooks):
+    """Notes where it is asked, and adds `change` at the place `at`."""
+
+    def __init__(self, at: str = "", change: float = 0.0) -> None:
+        self.at = at
+        self.change = change
+        self.seen: list[str] = []
+
+    def note(self, place: str, x: Tensor) -> Tensor:
+        self.seen.append(place)
+        return x + self.change if place == self.at else x
+
+    def embedding(self, emb: Tensor) -> Tensor:
+        return self.note("embedding", emb)
+
+    def enter(self, part: str, index: int) -> None:
+        self.seen.append(f"{part} {index}")
+
+    def attend(self, name: str, depth: int, layer: CrossAttention, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.note(f"{name} {depth}", layer(x, context))
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.note("between", x)
+
+    def after_input(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.note("skip", h), self.note("input", h)
+
+    def after_middle(self, h: Tensor) -> Tensor:
+        return self.note("middle", h)
+
+    def before_output(self, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        return self.note("output", h), self.note("met", skip)
+
+
+def test_hooks_are_asked_in_the_order_of_the_forward_pass() -> None:
+    unet, recorder = VideoUNet(DEBUG), Recorder()
+    unet(*inputs(DEBUG), hooks=recorder)
+    attention = ["attn1 0", "between", "attn2 0"]
+    encoder = [["input 0"], ["input 1", *attention], ["input 2"], ["input 3", *attention]]
+    expected = ["embedding"]
+    for block in encoder:
+        expected += [*block, "skip", "input"]
+    expected += ["middle 0", *attention, "middle"]
+    for i in range(4):
+        expected += [f"output {i}", "output", "met", *attention]
+    assert recorder.seen == expected
+
+
+@pytest.mark.parametrize(
+    "place", ["embedding", "attn1 0", "attn2 0", "between", "skip", "input", "middle", "output", "met"]
+)
+def test_what_a_hook_returns_is_what_the_network_goes_on_with(place: str) -> None:
+    unet = VideoUNet(DEBUG)
+    randomise(unet)
+    x, t, context = inputs(DEBUG)
+    plain = unet(x, t, context)
+    assert torch.equal(unet(x, t, context, hooks=Recorder(place, 0.0)), plain)
+    # GroupNorm takes away what is the same everywhere, so a shift of everything shows through biases only slightly.
+    assert not torch.equal(unet(x, t, context, hooks=Recorder(place, 1.0)), plain)
 
 
 @pytest.mark.parametrize("merge", MERGES)

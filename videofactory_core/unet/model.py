@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops as default_ops
 from ..config import UNetConfig
 from ..ops import Attention, Operations, bind
+from .conditioning import Conditioning, Hooks
 from .spatial import Downsample, ResBlock, SpatialTransformer, Upsample
 from .temporal import TemporalTransformer
 
@@ -25,12 +25,7 @@ def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class Conditioning(NamedTuple):
-    """What every block receives beside its input: time step and text features, and the number of frames of a clip."""
-
-    emb: Tensor
-    context: Tensor
-    num_frames: int
+NO_HOOKS = Hooks()
 
 
 class Block(nn.Sequential):
@@ -40,14 +35,12 @@ class Block(nn.Sequential):
         self, h: Tensor, t: Tensor | None, cond: Conditioning, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         for layer in self:
-            if isinstance(layer, ResBlock):
-                h, t = layer(h, t, cond.emb, cond.num_frames)
-            elif isinstance(layer, SpatialTransformer):
-                h, t = layer(h, t, cond.context, cond.num_frames)
+            if isinstance(layer, (ResBlock, SpatialTransformer)):
+                h, t = layer(h, t, cond)
             elif isinstance(layer, Upsample):
                 h = layer(h, size)
             elif isinstance(layer, TemporalTransformer):
-                h = h + layer(h, cond.num_frames)
+                h = h + cond.motion(layer(h, cond.num_frames))
             else:
                 h = layer(h)
         return h, t
@@ -140,18 +133,30 @@ class VideoUNet(nn.Module):
         """The type that the weights are stored in."""
         return next(self.out.parameters()).dtype
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        *,
+        motion_scale: float = 1.0,
+        swap_strength: float = 1.0,
+        hooks: Hooks = NO_HOOKS,
+    ) -> Tensor:
         """One denoising step.
 
         x: latents `[B, C, F, H, W]`; any H and W.
         timesteps: `[B]`, or `[B, F]` when frames have noise levels of their own; 0 is clean.
         context: text features `[B, L, D]`, or `[B, F, L, D]` when frames have prompts of their own.
+        motion_scale, swap_strength, hooks: see `Conditioning` and `Hooks`.
         """
         num_frames = x.shape[2]
         if timesteps.ndim == 1:
             timesteps = repeat(timesteps, "B -> B F", F=num_frames)
         emb = self.time_embed(timestep_embedding(timesteps.flatten(), self.config.model_channels).to(x.dtype))
-        cond = Conditioning(emb, context.flatten(0, -3), num_frames)
+        cond = Conditioning(
+            hooks.embedding(emb), context.flatten(0, -3), num_frames, hooks, motion_scale, swap_strength
+        )
 
         h = rearrange(x, "B C F H W -> (B F) C H W")
         if h.device.type == "cpu":
@@ -159,12 +164,17 @@ class VideoUNet(nn.Module):
             h = h.contiguous(memory_format=torch.channels_last)
         t: Tensor | None = None
         skips = []
-        for block in self.input_blocks:
+        for i, block in enumerate(self.input_blocks):
+            hooks.enter("input", i)
             h, t = self._run(block, h, t, cond)
-            skips.append(h)
+            skip, h = hooks.after_input(h)
+            skips.append(skip)
+        hooks.enter("middle", 0)
         h, t = self._run(self.middle_block, h, t, cond)
-        for block in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)
+        h = hooks.after_middle(h)
+        for i, block in enumerate(self.output_blocks):
+            hooks.enter("output", i)
+            h = torch.cat(hooks.before_output(h, skips.pop()), dim=1)
             size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else None
             h, t = self._run(block, h, t, cond, size)
         return rearrange(self.out(h), "(B F) C H W -> B C F H W", F=num_frames)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import UNetConfig
 from ..ops import Attention, Operations, zeroed
 from .attention import CrossAttention, FeedForward
+from .conditioning import Conditioning
 from .swap_attention import build_merge
 from .temporal import TemporalConv, TemporalTransformer
 
@@ -61,17 +62,17 @@ class ResBlock(nn.Module):
         self.temporal_skip = TemporalSkip(skip_from, channels, ops) if carries else None
         self.merge = build_merge(config, channels, end, ops, attention) if self.temporal is not None else None
 
-    def forward(self, x: Tensor, t: Tensor | None, emb: Tensor, num_frames: int) -> tuple[Tensor, Tensor | None]:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+    def forward(self, x: Tensor, t: Tensor | None, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
+        h = self.in_layers(x) + self.emb_layers(cond.emb)[:, :, None, None]
         s = self.skip_connection(x) + self.out_layers(h)
         if self.temporal is None or self.merge is None:
             return s, t
         if self.temporal_skip is not None:
             assert t is not None, "a temporal skip needs the temporal feature of the block before"
-            t = self.temporal(s + self.temporal_skip(t, s), num_frames)
+            t = self.temporal(s + self.temporal_skip(t, s), cond.num_frames)
         else:
-            t = self.temporal(s, num_frames)
-        return self.merge(s, t, num_frames), t
+            t = self.temporal(s, cond.num_frames)
+        return self.merge(s, cond.motion(t), cond.num_frames, cond.swap_strength), t
 
 
 class BasicTransformerBlock(nn.Module):
@@ -87,11 +88,12 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = ops.LayerNorm(channels)
         self.ff = FeedForward(channels, ops)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+    def forward(self, x: Tensor, depth: int, cond: Conditioning) -> Tensor:
+        x = x + cond.hooks.attend("attn1", depth, self.attn1, self.norm1(x), None)
+        x = cond.hooks.between(x)
         # Frames that share a prompt ask it together, so its keys and values are computed once a clip, not once a frame.
-        asking = rearrange(self.norm2(x), "(B F) N C -> B (F N) C", B=context.shape[0])
-        x = x + self.attn2(asking, context).reshape(x.shape)
+        asking = rearrange(self.norm2(x), "(B F) N C -> B (F N) C", B=cond.context.shape[0])
+        x = x + cond.hooks.attend("attn2", depth, self.attn2, asking, cond.context).reshape(x.shape)
         return x + self.ff(self.norm3(x))
 
 
@@ -125,7 +127,7 @@ class SpatialTransformer(nn.Module):
             )
             self.merge = build_merge(config, channels, end, ops, attention)
 
-    def spatial(self, x: Tensor, context: Tensor) -> Tensor:
+    def spatial(self, x: Tensor, cond: Conditioning) -> Tensor:
         height = x.shape[2]
         h = self.norm(x)
         if not self.linear:
@@ -133,8 +135,8 @@ class SpatialTransformer(nn.Module):
         h = rearrange(h, "B C H W -> B (H W) C")
         if self.linear:
             h = self.proj_in(h)
-        for block in self.transformer_blocks:
-            h = block(h, context)
+        for depth, block in enumerate(self.transformer_blocks):
+            h = block(h, depth, cond)
         if self.linear:
             h = self.proj_out(h)
         h = rearrange(h, "B (H W) C -> B C H W", H=height)
@@ -142,12 +144,12 @@ class SpatialTransformer(nn.Module):
             h = self.proj_out(h)
         return x + h
 
-    def forward(self, x: Tensor, t: Tensor | None, context: Tensor, num_frames: int) -> tuple[Tensor, Tensor | None]:
-        s = self.spatial(x, context)
+    def forward(self, x: Tensor, t: Tensor | None, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
+        s = self.spatial(x, cond)
         if self.temporal is None or self.merge is None:
             return s, t
-        t = self.temporal(s, num_frames)
-        return self.merge(s, t, num_frames), t
+        t = self.temporal(s, cond.num_frames)
+        return self.merge(s, cond.motion(t), cond.num_frames, cond.swap_strength), t
 
 
 class Downsample(nn.Module):

@@ -1,6 +1,7 @@
 """How the spatial feature s and the temporal feature t meet: Swap-CA (eq. 1-4) and Table 3's alternatives.
 
 Every merge takes `s, t [(B F), C, H, W]` and returns the same shape, and every merge with weights starts as `s + t`.
+`strength` multiplies what attention adds; merges without attention know none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .attention import FeedForward
 class Add(nn.Module):
     """s + t."""
 
-    def forward(self, s: Tensor, t: Tensor, num_frames: int) -> Tensor:
+    def forward(self, s: Tensor, t: Tensor, num_frames: int, strength: float = 1.0) -> Tensor:
         return s + t
 
 
@@ -32,7 +33,7 @@ class Fuse(nn.Module):
             self.conv.weight.copy_(torch.eye(channels).repeat(1, 2)[:, :, None, None])
             self.conv.bias.zero_()  # type: ignore[union-attr]
 
-    def forward(self, s: Tensor, t: Tensor, num_frames: int) -> Tensor:
+    def forward(self, s: Tensor, t: Tensor, num_frames: int, strength: float = 1.0) -> Tensor:
         return self.conv(torch.cat([s, t], dim=1))
 
 
@@ -44,7 +45,7 @@ class Mixture(nn.Module):
         # A linear layer from the constant 1, because hosts move and patch layers, not bare parameters.
         self.share = zeroed(ops.Linear(1, channels, bias=False))
 
-    def forward(self, s: Tensor, t: Tensor, num_frames: int) -> Tensor:
+    def forward(self, s: Tensor, t: Tensor, num_frames: int, strength: float = 1.0) -> Tensor:
         a = torch.sigmoid(self.share(s.new_ones(1, 1)))[:, :, None, None]
         return 2 * (a * s + (1 - a) * t)
 
@@ -84,14 +85,15 @@ class AttentionMerge(nn.Module):
         """Proj_in: `[(B F), C, H, W]` to `[B, F, H, W, C]`."""
         return self.proj_in(rearrange(self.norm(x), "(B F) C H W -> B F H W C", F=num_frames))
 
-    def forward(self, s: Tensor, t: Tensor, num_frames: int) -> Tensor:
+    def forward(self, s: Tensor, t: Tensor, num_frames: int, strength: float = 1.0) -> Tensor:
         asking, answering = self.streams(s, t)
         query = self.tokens(asking, num_frames)
         context = query if answering is asking else self.tokens(answering, num_frames)
         q, context = self.norm_query(query), self.norm_context(context)
         h = self.to_out(self.attend(self.to_q(q), self.to_k(context), self.to_v(context))) + query
         h = self.ff(self.norm_ff(h)) + h
-        return s + t + rearrange(self.proj_out(h), "B F H W C -> (B F) C H W")
+        h = self.proj_out(h)
+        return s + t + rearrange(h if strength == 1 else h * strength, "B F H W C -> (B F) C H W")
 
 
 class WindowAttention(AttentionMerge):
