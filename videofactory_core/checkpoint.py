@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder
 from .config import ModelConfig, from_json, to_json
-from .detect import KINDS, PREFIXES, identify, infer_config, keys_by_part
+from .detect import KEPT_HEADER, KINDS, PREFIXES, identify, infer_config, keys_by_part
 from .text import TextEncoder
 from .unet.model import VideoUNet
 
@@ -33,6 +33,9 @@ FORMAT_VERSION = 1
 
 # The limit of the safetensors format itself.
 MAX_HEADER_BYTES = 100_000_000
+MAX_KEPT_BYTES = 1_000_000
+# Metadata: a matrix from latents, and 1, to red, green and blue.
+PREVIEW = "preview_colours"
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -188,30 +191,58 @@ def _read_metadata(strings: Mapping[str, str], path: Path) -> Metadata:
 # Reading
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Read a checkpoint onto `device` as `dtype`, in eval mode.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole, intact VideoFactory file whose tensors are not read yet."""
 
-    A file whose metadata is gone is recognised by its keys and shapes, with a warning that lists what they do not tell.
-    Raises CheckpointError for everything that is not a whole, intact VideoFactory checkpoint.
+    path: Path
+    config: ModelConfig
+    metadata: Metadata
+    # What had to be assumed because the file's metadata is gone, or nothing.
+    note: str
+    # For each part the names of its state dict and their keys in the file.
+    keys: dict[str, dict[str, str]]
+
+    def read(
+        self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """The state dict of "unet", "autoencoder" or "text_encoder", as `dtype` (None: as it is stored)."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                # A copy even where nothing changes: the reader's tensors are windows onto the file.
+                return {
+                    name: file.get_tensor(key).to(device, dtype, copy=True) for name, key in self.keys[part].items()
+                }
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} changed or broke while it was read ({error}); try again") from error
+
+
+def check(path: str | os.PathLike[str]) -> tuple[Checkpoint, Model]:
+    """Hold a file against its configuration without reading its tensors; the model that comes along is on "meta".
+
+    A file whose metadata is gone is recognised by its keys and shapes. Raises CheckpointError for everything that is
+    not a whole, intact VideoFactory checkpoint.
     """
     path = Path(path)
     header = read_header(path)
     config, note = _read_config(header, path)
     model = _skeleton(config, header, path)
     _compare(model, header).check(path)
-    if note:
-        warnings.warn(note, stacklevel=2)
-    keys = keys_by_part(header.shapes)
-    try:
-        with safe_open(path, framework="pt") as file:
-            for part, module in model.parts().items():
-                # A copy even where nothing changes: the reader's tensors are windows onto the file.
-                state = {name: file.get_tensor(key).to(device, dtype, copy=True) for name, key in keys[part].items()}
-                module.load_state_dict(state, assign=True)
-                module.eval()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} changed or broke while it was read ({error}); try again") from error
-    model.metadata = _read_metadata(header.metadata, path)
+    return Checkpoint(path, config, _read_metadata(header.metadata, path), note, keys_by_part(header.shapes)), model
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Read a checkpoint onto `device` as `dtype`, in eval mode; raises what `check` raises.
+
+    Warns of what had to be assumed about a file whose metadata is gone.
+    """
+    file, model = check(path)
+    if file.note:
+        warnings.warn(file.note, stacklevel=2)
+    for part, module in model.parts().items():
+        module.load_state_dict(file.read(part, device, dtype), assign=True)
+        module.eval()
+    model.metadata = file.metadata
     return model
 
 
@@ -226,15 +257,47 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         # The reader for torch would ask for memory of the file's size.
         with safe_open(path, framework="np") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return Header(
-                shapes={key: tuple(s.get_shape()) for key, s in slices.items()},
-                dtypes={key: s.get_dtype() for key, s in slices.items()},
-                metadata=file.metadata() or {},
-            )
+            shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+            dtypes = {key: s.get_dtype() for key, s in slices.items()}
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT and dtypes.get(KEPT_HEADER) == "U8":
+                length = math.prod(shapes[KEPT_HEADER])
+                metadata = metadata | (_unpack(file.get_tensor(KEPT_HEADER)) if length <= MAX_KEPT_BYTES else {})
+            return Header(shapes, dtypes, metadata)
     except (SafetensorError, OSError) as error:
         if "not fully covered" in str(error):
             raise CheckpointError(f"{path} is truncated or has bytes too many; copy or download it again") from error
         raise CheckpointError(f"{path} has a broken safetensors header ({error}); get it again") from error
+
+
+def pack_header(config: ModelConfig, metadata: Metadata) -> Tensor:
+    """A file's metadata as a tensor of bytes `[N]`, for programs that keep tensors and drop metadata.
+
+    Saved under `KEPT_HEADER` it is found again when the metadata is gone.
+    """
+    text = json.dumps(_header_strings(config, metadata)).encode()
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def preview_colours(metadata: Metadata) -> tuple[list[list[float]], list[float]] | None:
+    """From a latent cell to its colour in -1..1: a matrix `[C][3]` and a bias `[3]`; None if the file has none."""
+    try:
+        table = torch.tensor(json.loads(metadata.other.get(PREVIEW, "")), dtype=torch.float32)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if table.ndim != 2 or table.shape[1] != 3 or len(table) < 2 or not table.isfinite().all():
+        return None
+    return table[:-1].tolist(), table[-1].tolist()
+
+
+def _unpack(packed: Any) -> dict[str, str]:
+    """What `pack_header` packed, nothing when it is damaged."""
+    try:
+        strings = json.loads(packed.tobytes())
+    except (ValueError, RecursionError):
+        return {}
+    plain = isinstance(strings, dict) and all(isinstance(value, str) for value in strings.values())
+    return strings if plain else {}
 
 
 def _container(path: Path) -> str:

@@ -19,10 +19,14 @@ PREFIXES = {
     "autoencoder": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
+# Where our own metadata survives programs that drop metadata.
+KEPT_HEADER = "videofactory.header"
 # ComfyUI's Save Checkpoint puts the name of its text encoder in between,
 HOST_TEXT_PREFIX = re.compile(r"cond_stage_model\.clip_[lh]\.transformer\.")
 # and adds tensors that no part of ours has: two empty ones as flags, and what else its text encoder holds.
-HOST_EXTRAS = re.compile(r"v_pred|ztsnr|cond_stage_model\.(.*\.)?(logit_scale|text_projection\.weight|position_ids)")
+HOST_EXTRAS = re.compile(
+    r"v_pred|ztsnr|videofactory\.header|cond_stage_model\.(.*\.)?(logit_scale|text_projection\.weight|position_ids)"
+)
 
 
 def keys_by_part(keys: Iterable[str]) -> dict[str, dict[str, str]]:

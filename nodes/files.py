@@ -1,0 +1,61 @@
+"""Model files: where they are looked for, and the ones that come with the pack."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import folder_paths
+
+from .. import videofactory_core
+
+ASSETS = Path(videofactory_core.__file__).parent / "assets"
+CHECKPOINTS, UPSCALERS = "videofactory", "upscale_models"
+# In every list beside the user's own files; brackets keep them apart from a file of the same name.
+BUNDLED = {
+    CHECKPOINTS: {"demo [bundled]": ASSETS / "demo.safetensors"},
+    UPSCALERS: {"demo-x4 [bundled]": ASSETS / "demo-x4.safetensors"},
+}
+
+
+def register() -> None:
+    """Add `models/videofactory` to the folders that the host searches; paths of extra_model_paths.yaml stay."""
+    folder_paths.add_model_folder_path(CHECKPOINTS, os.path.join(folder_paths.models_dir, CHECKPOINTS))
+    folders, _ = folder_paths.folder_names_and_paths[CHECKPOINTS]
+    folder_paths.folder_names_and_paths[CHECKPOINTS] = (folders, {".safetensors", ".sft"})
+
+
+def names(kind: str) -> list[str]:
+    """What a list of this kind offers."""
+    return [*BUNDLED[kind], *folder_paths.get_filename_list(kind)]
+
+
+def find(kind: str, name: str) -> Path:
+    """The file behind a name of the list; ValueError for a name that leaves the folder or a file that is gone."""
+    if name in BUNDLED[kind]:
+        return BUNDLED[kind][name]
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
+        raise ValueError(f"{name} points outside of models/{kind}: choose a file of the list")
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise ValueError(f"{name} is not in models/{kind} any more: press R to read the list again and choose a file")
+    return Path(path)
+
+
+def state(kind: str, name: str) -> str:
+    """Changes when the file does, so that a graph reads it again."""
+    try:
+        status = find(kind, name).stat()
+    except (OSError, ValueError):
+        return "missing"
+    return f"{status.st_mtime_ns} {status.st_size}"
+
+
+def refusal(kind: str, name: str) -> bool | str:
+    """True for a name that `find` finds, else its sentence."""
+    try:
+        find(kind, name)
+    except ValueError as error:
+        return str(error)
+    return True

@@ -1,0 +1,446 @@
+"""VideoFactory inside the host: a checkpoint becomes the host's own MODEL, CLIP and VAE.
+
+In the graph the frames of a clip stand in the batch, `[(B F), C, H, W]`, which is what every image tool expects; this
+is the only place that folds and unfolds them. Latents `[B, C, F, H, W]` are understood too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..videofactory_core import checkpoint
+from ..videofactory_core.config import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from ..videofactory_core.text import END_TOKEN, START_TOKEN, pad_token
+from ..videofactory_core.unet.attention import CrossAttention
+from ..videofactory_core.unet.conditioning import Hooks
+from ..videofactory_core.unet.model import VideoUNet
+
+# What our sampler tells the model for one run: `motion_scale`, `swap_strength`.
+OPTIONS = "videofactory"
+# In a CONDITIONING, and in a LATENT: how many frames a clip of the batch has.
+FRAMES = "videofactory_frames"
+# In a CONDITIONING: prompts for key frames.
+SCHEDULE = "videofactory_schedule"
+# Stable Diffusion's latents; previews of others come from the checkpoint.
+SD_SCALE_FACTOR = 0.18215
+
+
+def precision(config: UNetConfig) -> torch.dtype | None:
+    """The least type of attention scores: Stable Diffusion 2.x overflows in half precision."""
+    return torch.float32 if config.context_dim == 1024 else None
+
+
+def host_attention(least: torch.dtype | None) -> Callable[..., Tensor]:
+    """The host's attention behind the core's interface."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            # The host's backends agree on what is added to the scores, not on what a boolean mask means.
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
+        return optimized_attention(q, k, v, heads, mask=mask, attn_precision=least)
+
+    return attention
+
+
+class HostHooks(Hooks):
+    """Hands the host's patches and ControlNet features to the core, under the names that the host's nodes use."""
+
+    def __init__(self, config: UNetConfig, options: dict[str, Any], control: Mapping[str, list[Tensor | None]]) -> None:
+        self.config = config
+        self.options = options
+        self.control = control
+        self.patches: Mapping[str, list[Callable[..., Any]]] = options.get("patches", {})
+        self.replacements: Mapping[str, dict[Any, Callable[..., Tensor]]] = options.get("patches_replace", {})
+
+    def told(self, heads: int, channels: int) -> dict[str, Any]:
+        """What the host's patches of an attention layer learn about the place they are at."""
+        rest = {key: value for key, value in self.options.items() if key not in ("patches", "patches_replace")}
+        return {**rest, "n_heads": heads, "dim_head": channels // heads, "attn_precision": precision(self.config)}
+
+    def embedding(self, emb: Tensor) -> Tensor:
+        for patch in self.patches.get("emb_patch", ()):
+            emb = patch(emb, self.config.model_channels, self.options)
+        return emb
+
+    def enter(self, part: str, index: int) -> None:
+        self.options["block"] = (part, index)
+
+    def attend(self, name: str, depth: int, layer: CrossAttention, x: Tensor, context: Tensor | None) -> Tensor:
+        self.options["block_index"] = depth
+        place = self.options["block"]
+        told = self.told(layer.heads, x.shape[-1])
+        context = x if context is None else context
+        value: Tensor | None = context
+        for patch in self.patches.get(f"{name}_patch", ()):
+            x, context, value = patch(x, context, value, told)
+        q, k, v = layer.to_q(x), layer.to_k(context), layer.to_v(context if value is None else value)
+        replacements = self.replacements.get(name, {})
+        replace = replacements.get((*place, depth)) or replacements.get(place)
+        if replace is not None:
+            out = replace(q, k, v, told)
+        else:
+            out = optimized_attention(
+                q, k, v, layer.heads, attn_precision=precision(self.config), transformer_options=self.options
+            )
+        out = layer.to_out[0](out)
+        for patch in self.patches.get(f"{name}_output_patch", ()):
+            out = patch(out, told)
+        return out
+
+    def between(self, x: Tensor) -> Tensor:
+        for patch in self.patches.get("middle_patch", ()):
+            x = patch(x, self.told(self.config.heads(x.shape[-1]), x.shape[-1]))
+        return x
+
+    def after_input(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.controlled("input", h)
+        for patch in self.patches.get("input_block_patch", ()):
+            h = patch(h, self.options)
+        skip = h
+        for patch in self.patches.get("input_block_patch_after_skip", ()):
+            h = patch(h, self.options)
+        return skip, h
+
+    def after_middle(self, h: Tensor) -> Tensor:
+        return self.controlled("middle", h)
+
+    def before_output(self, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        skip = self.controlled("output", skip)
+        for patch in self.patches.get("output_block_patch", ()):
+            h, skip = patch(h, skip, self.options)
+        return h, skip
+
+    def controlled(self, part: str, h: Tensor) -> Tensor:
+        """`h` with the ControlNet's next feature for this part of the network."""
+        features = self.control.get(part)
+        feature = features.pop() if features else None
+        if feature is None:
+            return h
+        if feature.shape[1:] != h.shape[1:]:
+            raise ValueError(
+                f"this ControlNet makes features of {feature.shape[1]} channels where the model has {h.shape[1]}:"
+                " choose one made for the same base model"
+            )
+        return h + feature
+
+    def sees_text_attention(self) -> bool:
+        """Whether someone looks at attention on the text, and counts on one row a frame."""
+        return bool(
+            self.patches.get("attn2_patch")
+            or self.patches.get("attn2_output_patch")
+            or self.replacements.get("attn2")
+            or self.options.get("optimized_attention_override")
+        )
+
+
+class HostUNet(VideoUNet):
+    """The core's network with the host's calling convention; the weights keep their names."""
+
+    def __init__(
+        self,
+        videofactory: UNetConfig,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        operations: Any = nn,
+        **_: Any,
+    ) -> None:
+        super().__init__(videofactory, operations, host_attention(precision(videofactory)), device, dtype)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        y: None = None,
+        control: Mapping[str, list[Tensor | None]] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`x [(B F), C, H, W]` with `timesteps` and `context` for each frame, or `[B, C, F, H, W]` for each clip."""
+        options = {} if transformer_options is None else transformer_options
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self.denoise, self, wrappers)
+        return executor.execute(x, timesteps, context, y, control, options, **kwargs)
+
+    def denoise(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        y: None,
+        control: Mapping[str, list[Tensor | None]] | None,
+        transformer_options: dict[str, Any],
+        num_video_frames: int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        transformer_options["original_shape"] = list(x.shape)
+        hooks = HostHooks(self.config, transformer_options, control or {})
+        ours = transformer_options.get(OPTIONS, {})
+        strengths = {name: float(ours[name]) for name in ("motion_scale", "swap_strength") if name in ours}
+        if x.ndim == 5:
+            self.check_length(x.shape[2])
+            return super().forward(x, timesteps, context, hooks=hooks, **strengths)
+
+        num_frames = num_video_frames or x.shape[0]
+        self.check_length(num_frames)
+        if x.shape[0] % num_frames:
+            raise ValueError(
+                f"{x.shape[0]} latent frames do not divide into clips of {num_frames}:"
+                " use the frames of Empty VideoFactory Latent everywhere"
+            )
+        clips = rearrange(x, "(B F) C H W -> B C F H W", F=num_frames)
+        timesteps = rearrange(timesteps, "(B F) -> B F", F=num_frames)
+        context = rearrange(context, "(B F) L D -> B F L D", F=num_frames)
+        if not hooks.sees_text_attention() and torch.equal(context, context[:, :1].expand_as(context)):
+            # The host repeats a prompt for every frame; its keys and values are needed once.
+            context = context[:, 0]
+        out = super().forward(clips, timesteps, context, hooks=hooks, **strengths)
+        return rearrange(out, "B C F H W -> (B F) C H W")
+
+    def check_length(self, num_frames: int) -> None:
+        longest = self.config.temporal_positions
+        if longest and num_frames > longest:
+            raise ValueError(
+                f"this model knows {longest} frame positions, not {num_frames}:"
+                " ask for fewer frames, or put VideoFactory Context Windows before the sampler"
+            )
+
+
+class HostModel(comfy.model_base.BaseModel):
+    """The host's view of the network: noise schedule, conditions, memory."""
+
+    def __init__(self, model_config: HostConfig, model_type: Any, device: Any = None) -> None:
+        super().__init__(model_config, model_type, device=device, unet_model=HostUNet)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        out = super().extra_conds(**kwargs)
+        noise, changing = kwargs["noise"], kwargs.get(SCHEDULE)
+        if noise.ndim == 4:
+            num_frames = int(kwargs.get(FRAMES) or noise.shape[0])
+            # The name under which the host's context windows shorten clips.
+            out["num_video_frames"] = comfy.conds.CONDConstant(num_frames)
+            if changing is not None:
+                clips = -(-noise.shape[0] // num_frames)
+                out["c_crossattn"] = comfy.conds.CONDCrossAttn(changing.spread(num_frames).repeat(clips, 1, 1))
+        elif changing is not None:
+            raise ValueError("prompts for frames need the frames in the batch: use Empty VideoFactory Latent")
+        return out
+
+
+class HostConfig(comfy.supported_models_base.BASE):
+    """How the host builds the network, and what Save Checkpoint writes."""
+
+    # The base class would add settings that the network does not know.
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
+    memory_usage_factor = 2.0
+
+    def __init__(self, config: ModelConfig, metadata: checkpoint.Metadata) -> None:
+        unet = config.unet
+        per_block = [depth for depth in unet.transformer_depth for _ in range(unet.num_res_blocks)]
+        per_output = [depth for depth in unet.transformer_depth for _ in range(unet.num_res_blocks + 1)]
+        levels = len(unet.channel_mult)
+        super().__init__(
+            {
+                "videofactory": unet,
+                # Read by the host's LoRA names and patches.
+                "in_channels": unet.in_channels,
+                "out_channels": unet.out_channels,
+                "model_channels": unet.model_channels,
+                "context_dim": unet.context_dim,
+                "channel_mult": list(unet.channel_mult),
+                "num_res_blocks": [unet.num_res_blocks] * levels,
+                "transformer_depth": per_block,
+                "transformer_depth_output": per_output,
+                "transformer_depth_middle": max(1, *unet.transformer_depth),
+            }
+        )
+        self.videofactory = config
+        self.metadata = metadata
+        self.latent_format = latent_format(config, metadata)
+        diffusion = config.diffusion
+        self.sampling_settings = {
+            # The host calls the scaled schedule "linear".
+            "beta_schedule": "linear" if diffusion.beta_schedule == "scaled_linear" else "sqrt_linear",
+            "linear_start": diffusion.beta_start,
+            "linear_end": diffusion.beta_end,
+            "timesteps": diffusion.num_timesteps,
+            "zsnr": diffusion.zero_terminal_snr,
+        }
+
+    def model_type(self, state_dict: Any, prefix: str = "") -> Any:
+        velocity = self.videofactory.diffusion.prediction_type == "v_prediction"
+        return comfy.model_base.ModelType.V_PREDICTION if velocity else comfy.model_base.ModelType.EPS
+
+    def inpaint_model(self) -> bool:
+        return False
+
+    def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> HostModel:
+        return HostModel(self, self.model_type(state_dict, prefix), device=device)
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        saved = super().process_unet_state_dict_for_saving(state_dict)
+        # The host drops a file's metadata, without which nobody knows how the network is built.
+        return {**saved, checkpoint.KEPT_HEADER: checkpoint.pack_header(self.videofactory, self.metadata)}
+
+
+def latent_format(config: ModelConfig, metadata: checkpoint.Metadata) -> Any:
+    """The latents' scale, and the colours of their previews."""
+    if config.autoencoder.scale_factor == SD_SCALE_FACTOR:
+        return comfy.latent_formats.SD15()
+    latents = comfy.latent_formats.LatentFormat()
+    latents.scale_factor = config.autoencoder.scale_factor
+    latents.latent_channels = config.autoencoder.latent_channels
+    colours = checkpoint.preview_colours(metadata)
+    if colours is not None:
+        latents.latent_rgb_factors, latents.latent_rgb_factors_bias = colours
+    return latents
+
+
+def load(path: Path) -> tuple[Any, Any, Any, checkpoint.Checkpoint]:
+    """MODEL, CLIP and VAE of a checkpoint, and what is known about it; raises CheckpointError."""
+    file, _ = checkpoint.check(path)
+    if file.note:
+        logging.warning("VideoFactory: %s", file.note)
+    return load_model(file), load_text_encoder(file), load_autoencoder(file), file
+
+
+def load_model(file: checkpoint.Checkpoint) -> Any:
+    weights = file.read("unet")
+    config = HostConfig(file.config, file.metadata)
+    parameters = comfy.utils.calculate_parameters(weights)
+    stored = comfy.utils.weight_dtype(weights)
+    management = comfy.model_management
+    supported = config.supported_inference_dtypes
+    dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    device = management.get_torch_device()
+    config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
+    model = config.get_model(weights, device=management.unet_inital_load_device(parameters, dtype))
+    model.load_model_weights(weights, "")
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return patcher(model, load_device=device, offload_device=management.unet_offload_device())
+
+
+class HostTarget:
+    """The pair of classes that the host builds a text encoder from."""
+
+    def __init__(self, tokenizer: type, clip: type) -> None:
+        self.tokenizer = tokenizer
+        self.clip = clip
+        self.params: dict[str, Any] = {}
+
+
+def text_target(config: TextConfig) -> HostTarget:
+    """The host's CLIP text encoder and tokenizer at the sizes of `config`."""
+    # The host's short names for OpenAI's and OpenCLIP's encoders; saved keys and LoRA names carry them.
+    name = "l" if config.activation == "quick_gelu" else "h"
+    pad = pad_token(config)
+    settings = {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": 4 * config.width,
+        "hidden_act": config.activation,
+        "max_position_embeddings": config.max_tokens,
+        "vocab_size": config.vocab_size,
+        "eos_token_id": END_TOKEN,
+    }
+    skipped = {"layer": "hidden", "layer_idx": -1 - config.skip_last_layers} if config.skip_last_layers else {}
+
+    class Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                max_length=config.max_tokens,
+                textmodel_json_config=dict(settings),
+                special_tokens={"start": START_TOKEN, "end": END_TOKEN, "pad": pad},
+                return_projected_pooled=False,
+                model_options=model_options or {},
+                **skipped,
+            )
+
+    class Model(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            options = model_options or {}
+            super().__init__(device=device, dtype=dtype, model_options=options, clip_name=name, clip_model=Encoder)
+
+    class Words(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
+            super().__init__(
+                max_length=config.max_tokens,
+                pad_with_end=pad == END_TOKEN,
+                embedding_directory=embedding_directory,
+                embedding_size=config.width,
+                embedding_key=f"clip_{name}",
+                tokenizer_data=tokenizer_data or {},
+            )
+
+    class Tokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
+            super().__init__(embedding_directory, tokenizer_data or {}, clip_name=name, tokenizer=Words)
+
+    return HostTarget(Tokenizer, Model)
+
+
+def load_text_encoder(file: checkpoint.Checkpoint) -> Any:
+    weights = file.read("text_encoder")
+    clip = comfy.sd.CLIP(
+        text_target(file.config.text),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=comfy.utils.calculate_parameters(weights),
+    )
+    missing, unexpected = clip.cond_stage_model.load_sd(weights)
+    lacking = [key for key in missing if "text_projection" not in key]
+    assert not lacking, lacking
+    assert not unexpected, unexpected
+    return clip
+
+
+def load_autoencoder(file: checkpoint.Checkpoint) -> Any:
+    config: AutoencoderConfig = file.config.autoencoder
+    sizes = {
+        "double_z": True,
+        "z_channels": config.latent_channels,
+        "resolution": 256,
+        "in_channels": config.in_channels,
+        "out_ch": config.in_channels,
+        "ch": config.channels,
+        "ch_mult": list(config.channel_mult),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    vae = comfy.sd.VAE(
+        sd=file.read("autoencoder"), config={"params": {"ddconfig": sizes, "embed_dim": config.latent_channels}}
+    )
+    vae.latent_channels = config.latent_channels
+    vae.downscale_ratio = vae.upscale_ratio = config.downscale
+    for module in vae.first_stage_model.modules():
+        if isinstance(module, nn.GroupNorm):
+            # The host's class is written for 32 groups.
+            module.num_groups = config.norm_groups
+    return vae
+
+
+def config_of(model: Any) -> ModelConfig | None:
+    """The configuration of a MODEL that this pack loaded, None for any other."""
+    return getattr(model.model.model_config, "videofactory", None)
