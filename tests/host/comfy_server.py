@@ -112,6 +112,10 @@ class Host:
         with urllib.request.urlopen(f"{self.address}/{path}", timeout=30) as answer:
             return json.loads(answer.read() or b"null")
 
+    def text(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.address}/{path}", timeout=30) as answer:
+            return str(answer.read().decode())
+
     def post(self, path: str, data: Any) -> Any:
         request = urllib.request.Request(f"{self.address}/{path}", json.dumps(data).encode())
         request.add_header("Content-Type", "application/json")
@@ -124,7 +128,7 @@ class Host:
             return str(self.post("prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})["prompt_id"])
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read())
-            told = [e["details"] or e["message"] for n in answer["node_errors"].values() for e in n["errors"]]
+            told = [f"{e['message']}: {e['details']}" for n in answer["node_errors"].values() for e in n["errors"]]
             raise Failed("; ".join(told) or answer["error"]["message"]) from error
 
     def wait(self, prompt: str, seconds: float = 300) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 Graph = dict[str, dict[str, Any]]
@@ -46,7 +47,8 @@ def clip_latent(prompt: str = PROMPT, negative: str = "", frames: int = 16, clip
 
 def native(graph: Graph) -> Graph:
     """The same graph with the host's KSampler in the place of ours."""
-    inputs = dict(graph["sample"]["inputs"])
+    graph = copy.deepcopy(graph)
+    inputs = graph["sample"]["inputs"]
     for name in ("motion_scale", "swap_strength", "free_noise"):
         del inputs[name]
     inputs["latent_image"] = inputs.pop("latent")
