@@ -371,6 +371,46 @@ def test_the_host_s_marks_tell_the_prediction_type(
 # Files that are wrong
 
 
+def test_a_packed_header_stands_in_for_lost_metadata(model: Model, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "kept.safetensors"
+    packed = checkpoint.pack_header(model.config, METADATA)
+    save_file({**load_file(whole), checkpoint.KEPT_HEADER: packed}, path, {"modelspec.title": "the host's"})
+    back = checkpoint.load(path)
+    assert back.config == model.config
+    assert back.metadata == METADATA
+    assert equal(back, checkpoint.load(whole))
+    assert checkpoint.explain(path).loadable
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        torch.frombuffer(bytearray(b"not JSON"), dtype=torch.uint8),
+        torch.frombuffer(bytearray(b'{"format": 3}'), dtype=torch.uint8),
+        torch.frombuffer(bytearray(b'["format"]'), dtype=torch.uint8),
+        torch.zeros(checkpoint.MAX_KEPT_BYTES + 1, dtype=torch.uint8),
+        torch.zeros(8),
+        torch.zeros(0, dtype=torch.uint8),
+    ],
+    ids=["no JSON", "numbers", "a list", "too long", "floats", "empty"],
+)
+def test_a_damaged_packed_header_is_as_good_as_none(whole: Path, tmp_path: Path, packed: Tensor) -> None:
+    path = tmp_path / "damaged.safetensors"
+    save_file({**load_file(whole), checkpoint.KEPT_HEADER: packed}, path)
+    with pytest.warns(UserWarning, match="does not say how it was made"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[[1, 2, 3]]", "[[1, 2], [3, 4]]", '[["a", 1, 2], [1, 2, 3]]', "[[1, 2, NaN], [1, 2, 3]]", "{}"]
+)
+def test_preview_colours_that_make_no_sense_are_none(text: str) -> None:
+    metadata = dataclasses.replace(METADATA, other={checkpoint.PREVIEW: text})
+    assert checkpoint.preview_colours(metadata) is None
+    good = dataclasses.replace(METADATA, other={checkpoint.PREVIEW: "[[1, 2, 3], [4, 5, 6]]"})
+    assert checkpoint.preview_colours(good) == ([[1, 2, 3]], [4, 5, 6])
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist; check the name"):
         checkpoint.load(tmp_path / "none.safetensors")

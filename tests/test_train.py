@@ -63,6 +63,9 @@ def test_run_trains_every_part_and_writes_a_checkpoint_that_loads(tmp_path: Path
     assert model.config.unet.merge == "swap"
     # The latent scale is measured, not the default.
     assert model.config.autoencoder.scale_factor != 0.18215
+    colours = checkpoint.preview_colours(model.metadata)
+    assert colours is not None
+    assert [len(row) for row in colours[0]] == [3] * model.config.autoencoder.latent_channels
     fresh = checkpoint.build(model.config)
     swap = [k for k in fresh.unet.state_dict() if ".merge.proj_out.weight" in k]
     assert swap

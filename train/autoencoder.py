@@ -58,3 +58,19 @@ def measure_scale(
     """1 / standard deviation of the latents over a few batches."""
     latents = [autoencoder.encode_moments(next(batches)[0].to(accelerator.device))[0] for _ in range(16)]
     return 1.0 / float(torch.cat(latents).std())
+
+
+@torch.no_grad()
+def preview_colours(
+    autoencoder: Autoencoder, batches: Iterator[tuple[Tensor, Tensor]], accelerator: Accelerator
+) -> list[list[float]]:
+    """The matrix `[C + 1][3]` from a latent cell, and 1, to the mean colour in -1..1 of the pixels that it covers.
+
+    Hosts preview latents with it while they sample. Least squares over one batch of frames.
+    """
+    frames = next(batches)[0].to(accelerator.device)
+    latents = rearrange(autoencoder.encode(rearrange(frames, "B C H W -> B C 1 H W")), "B C 1 H W -> (B H W) C").float()
+    colours = rearrange(torch.nn.functional.avg_pool2d(frames, autoencoder.config.downscale), "B C H W -> (B H W) C")
+    ones = torch.ones_like(latents[:, :1])
+    solution = torch.linalg.lstsq(torch.cat([latents, ones], dim=1).cpu(), colours.cpu()).solution
+    return [[round(value, 4) for value in row] for row in solution.tolist()]

@@ -165,6 +165,15 @@ class Run:
         self.log(f"latent scale {scale}")
         return model
 
+    def preview_colours(self, autoencoder: autoencoder_training.Autoencoder) -> str:
+        """The colours of latents, as a checkpoint's metadata hold them."""
+        stage = self.recipe.autoencoder
+        clips = self.clips(1 << 30, stage.frames_per_clip, self.recipe.seed + 1)
+        frames = autoencoder_training.frame_batches(
+            clips, stage.schedule.batch_size, stage.frames_per_clip, self.recipe.workers, 0
+        )
+        return json.dumps(autoencoder_training.preview_colours(autoencoder, frames, self.accelerator))
+
     def latents(self, autoencoder: autoencoder_training.Autoencoder) -> denoiser_training.Latents:
         """The recipe's clips in latent space, from the run's folder when they are there."""
         path = self.folder / "latents.safetensors"
@@ -243,7 +252,12 @@ def run_recipe(path: Path) -> Path:
         unet=denoiser.unet,
         autoencoder=autoencoder,
         text_encoder=denoiser.text_encoder,
-        metadata=checkpoint.Metadata(title=recipe.title, licence=recipe.licence, origin=recipe.origin),
+        metadata=checkpoint.Metadata(
+            title=recipe.title,
+            licence=recipe.licence,
+            origin=recipe.origin,
+            other={checkpoint.PREVIEW: run.preview_colours(autoencoder)},
+        ),
     )
     checkpoint.save(output, model, model.metadata, dtype=torch.float16)
     run.log(f"wrote {output}")

@@ -334,3 +334,88 @@ def test_a_file_that_vanishes_before_its_turn_is_named(host: Host) -> None:
     host.wait(slow)
     with pytest.raises(Failed, match=r"vanishing.safetensors is not in models/videofactory any more"):
         host.wait(prompt)
+
+
+def with_patch(graph: Graph, class_type: str, **inputs: object) -> Graph:
+    """The graph with one of the host's model patches before the sampler."""
+    sampling = {**graph["sample"]["inputs"], "model": ["patch", 0]}
+    patch = node(class_type, model=["load", 0], **inputs)
+    return {**graph, "patch": patch, "sample": {**graph["sample"], "inputs": sampling}}
+
+
+@pytest.mark.parametrize(
+    ("class_type", "inputs"),
+    [
+        ("FreeU_V2", {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}),
+        ("PerturbedAttentionGuidance", {"scale": 3.0}),
+        ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}),
+        ("RescaleCFG", {"multiplier": 0.7}),
+        (
+            "PatchModelAddDownscale",
+            {
+                "block_number": 1,
+                "downscale_factor": 2.0,
+                "start_percent": 0.0,
+                "end_percent": 1.0,
+                "downscale_after_skip": True,
+                "downscale_method": "bicubic",
+                "upscale_method": "bicubic",
+            },
+        ),
+        ("TomePatchModel", {"ratio": 0.5}),
+        ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": False}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_hosts_model_patches_act(host: Host, class_type: str, inputs: dict[str, object]) -> None:
+    (plain,) = latents(host, clip_latent(steps=3), "sample")
+    (patched,) = latents(host, with_patch(clip_latent(steps=3), class_type, **inputs), "sample")
+    assert patched.isfinite().all()
+    assert relative_error(patched, plain) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("class_type", "inputs"),
+    [
+        ("HyperTile", {"tile_size": 4096, "swap_size": 2, "max_depth": 0, "scale_depth": False}),
+        ("EasyCache", {"reuse_threshold": 0.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}),
+        ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_patches_that_change_nothing_change_nothing(host: Host, class_type: str, inputs: dict[str, object]) -> None:
+    (plain,) = latents(host, clip_latent(steps=3), "sample")
+    (patched,) = latents(host, with_patch(clip_latent(steps=3), class_type, **inputs), "sample")
+    assert relative_error(patched, plain) <= 1e-5
+
+
+def test_every_sampler_and_scheduler_of_the_host_works(host: Host) -> None:
+    known = host.get("object_info")["KSampler"]["input"]["required"]
+    graph: Graph = clip_latent(frames=2, steps=2)
+    names = []
+    for field in ("sampler_name", "scheduler"):
+        for choice in known[field][0]:
+            name = f"{field} {choice}"
+            graph[name] = node("VideoFactorySampler", **{**graph["sample"]["inputs"], field: choice})
+            names.append(name)
+    for name, latent in zip(names, latents(host, graph, *names), strict=True):
+        assert latent.isfinite().all(), name
+
+
+def test_custom_sampling_gives_the_same(host: Host) -> None:
+    graph = clip_latent(steps=4)
+    (plain,) = latents(host, graph, "sample")
+    graph["noise"] = node("RandomNoise", noise_seed=0)
+    graph["guider"] = node("CFGGuider", model=["load", 0], positive=["write", 0], negative=["write", 1], cfg=4.0)
+    graph["sampler"] = node("KSamplerSelect", sampler_name="euler")
+    graph["sigmas"] = node("BasicScheduler", model=["load", 0], scheduler="simple", steps=4, denoise=1.0)
+    graph["custom"] = node(
+        "SamplerCustomAdvanced",
+        noise=["noise", 0],
+        guider=["guider", 0],
+        sampler=["sampler", 0],
+        sigmas=["sigmas", 0],
+        latent_image=["empty", 0],
+    )
+    (custom,) = latents(host, graph, "custom")
+    assert torch.equal(custom, plain)

@@ -1,0 +1,69 @@
+"""What can only be seen from inside the host: see `inside.py`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_server import HOW_TO_GET_A_HOST, host_folders, interpreter
+
+import videofactory_core
+
+DEMO = Path(videofactory_core.__file__).parent / "assets" / "demo.safetensors"
+
+
+@pytest.fixture(params=[*enumerate(host_folders())] or [None], ids=lambda p: p and p[1].name)
+def inside(request: pytest.FixtureRequest) -> Any:
+    if request.param is None:
+        pytest.skip(HOW_TO_GET_A_HOST)
+    number, folder = request.param
+
+    def run(check: str) -> dict[str, Any]:
+        script = Path(__file__).parent / "inside.py"
+        command = [interpreter(number, folder), str(script), str(folder), check, str(DEMO)]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+        return result
+
+    return run
+
+
+def test_a_partly_loaded_model_gives_the_same(inside: Any) -> None:
+    found = inside("partial_load")
+    assert found["waiting"] > 50
+    assert found["changed"] > 1e-3
+    assert found["error"] <= 1e-5
+    assert found["restored"] == 0
+
+
+def test_weights_of_fewer_bits_stay_close(inside: Any) -> None:
+    found = inside("weight_types")
+    assert found["float16"] <= 1e-3
+    assert found["bfloat16"] <= 2e-2
+    assert found["float8_e4m3fn"] <= 2e-1
+
+
+def test_attention_patches_see_every_place_and_every_frame(inside: Any) -> None:
+    found = inside("attention_patches")
+    assert found["error"] <= 1e-5
+    assert found["changed"] > 1e-3
+    assert found["rows"] == {name: [8] for name in ("attn1", "attn1_output", "attn2", "attn2_output")}
+    blocks = [("input", i) for i in (1, 3, 5)] + [("middle", 0)] + [("output", i) for i in range(6)]
+    assert found["places"] == [[*block, 0] for block in blocks]
+    assert {"n_heads", "dim_head", "attn_precision", "original_shape", "block"} <= set(found["keys"])
+
+
+def test_the_hosts_text_encoder_is_the_cores(inside: Any) -> None:
+    assert max(inside("text_encoder")["errors"]) <= 1e-5
+
+
+def test_a_controlnet_of_the_same_family_acts(inside: Any) -> None:
+    found = inside("controlnet")
+    assert found["off"] <= 1e-6
+    assert found["on"] > 1e-3
+    assert found["one hint"] <= 1e-6
+    assert found["other hints"] > 1e-4
