@@ -125,12 +125,15 @@ def test_losses_repeat_under_a_seed(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("opening", "frames"), [(1, {0}), (3, {0, 1, 2}), (None, {0, 1, 2, 3, 4})])
-def test_batches_hold_single_frames_of_the_opening_or_whole_clips(opening: int | None, frames: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("opening", "stride", "frames"),
+    [(1, 1, {0}), (3, 1, {0, 1, 2}), (None, 1, {0, 1, 2, 3, 4}), (None, 2, {0, 2, 4})],
+)
+def test_batches_hold_single_frames_of_the_opening_or_clips(opening: int | None, stride: int, frames: set[int]) -> None:
     numbers = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(6, 4, 5, 2, 2)
-    batches = latent_batches(Latents(numbers, torch.zeros(6, 77)), 8, opening, seed=0, first=0)
+    batches = latent_batches(Latents(numbers, torch.zeros(6, 77)), 8, opening, stride, seed=0, first=0)
     latents = [next(batches).latents for _ in range(20)]
-    assert {batch.shape[2] for batch in latents} == {5 if opening is None else 1}
+    assert {batch.shape[2] for batch in latents} == {len(frames) if opening is None else 1}
     assert {int(number) for batch in latents for number in batch.unique()} == frames
 
 
@@ -150,6 +153,7 @@ def test_shipped_recipes_can_be_read(path: Path) -> None:
         ('kind = "swap"', 'kind = "addition"', "swap"),
         ('kind = "images"', 'kind = "images"\nopening = 0.0', "opening"),
         ('kind = "images"', 'kind = "images"\nopening = 1.5', "opening"),
+        ('kind = "addition"', 'kind = "addition"\nframe_stride = 0', "frame_stride"),
     ],
 )
 def test_recipes_that_cannot_be_used_are_refused_in_a_sentence(

@@ -18,6 +18,7 @@ from videofactory_core.unet.attention import CrossAttention
 from videofactory_core.unet.conditioning import Hooks
 from videofactory_core.unet.model import VideoUNet
 from videofactory_core.unet.swap_attention import SparseCausalAttention, SwapAttention
+from videofactory_core.unet.temporal import TemporalTransformer
 
 DEBUG = PRESETS["debug"].unet
 MERGES = ["swap", "window_self", "sparse_causal", "mixture", "fuse", "add"]
@@ -83,6 +84,16 @@ def test_merge_with_zero_output_is_addition(merge: str) -> None:
     added.load_state_dict({k: v for k, v in merged.state_dict().items() if k in added.state_dict()})
     x, t, context = inputs(config)
     assert relative_error(merged(x, t, context), added(x, t, context)) <= 1e-6
+
+
+@pytest.mark.parametrize(("length", "place"), [(0, "attention"), (32, "attention"), (32, "input")])
+def test_only_positions_tell_attention_which_frame_is_which(length: int, place: str) -> None:
+    layer = TemporalTransformer(8, 8, 2, 4, "clip", place if length else None, nn, ops.attention)
+    randomise(layer)
+    x = torch.randn(5, 8, 3, 4, generator=torch.Generator().manual_seed(0))
+    turned = layer(x.flip(0), 5).flip(0)
+    same = relative_error(turned, layer(x, 5)) <= 1e-5
+    assert same == (length == 0)
 
 
 def test_without_swap_strength_swap_attention_is_addition() -> None:

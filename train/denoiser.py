@@ -50,8 +50,13 @@ def spatial_only(config: UNetConfig) -> UNetConfig:
     return replace(config, temporal_conv=False, temporal_attention=False, temporal_skips=False)
 
 
-def latent_batches(data: Latents, batch_size: int, opening: int | None, seed: int, first: int) -> Iterator[Latents]:
-    """Random batches from number `first` on: one of the first `opening` frames of each clip, or with None all of it."""
+def latent_batches(
+    data: Latents, batch_size: int, opening: int | None, frame_stride: int, seed: int, first: int
+) -> Iterator[Latents]:
+    """Random batches from number `first` on.
+
+    One of the first `opening` frames of each clip, or with None every `frame_stride`-th frame of it.
+    """
     for number in itertools.count(first):
         generator = torch.Generator().manual_seed((seed << 32) + number)
         chosen = torch.randint(len(data.latents), (batch_size,), generator=generator)
@@ -59,6 +64,8 @@ def latent_batches(data: Latents, batch_size: int, opening: int | None, seed: in
         if opening is not None:
             frame = torch.randint(opening, (batch_size,), generator=generator)
             latents = latents[torch.arange(batch_size), :, frame].unsqueeze(2)
+        else:
+            latents = latents[:, :, ::frame_stride]
         yield Latents(latents.float(), data.tokens[chosen])
 
 

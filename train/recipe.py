@@ -47,8 +47,12 @@ class DenoiserStage:
     timestep_shift: float = 1.0
     # Single frames come from this first share of a clip.
     opening: float = 1.0
+    # Clips are shortened to every n-th frame.
+    frame_stride: int = 1
 
     def __post_init__(self) -> None:
+        if self.frame_stride < 1:
+            raise ValueError(f"frame_stride: {self.frame_stride} is not a number of frames; use 1 or more")
         if not 0 < self.opening <= 1:
             raise ValueError(f"opening: {self.opening} is not a share of a clip; use a number above 0 and at most 1")
 
@@ -213,6 +217,7 @@ class Run:
                         data,
                         stage.schedule.batch_size,
                         max(1, round(stage.opening * data.latents.shape[2])) if stage.kind == "images" else None,
+                        stage.frame_stride,
                         self.recipe.seed + 1000 + number,
                     ),
                     partial(

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 Merge = Literal["swap", "add", "fuse", "window_self", "mixture", "sparse_causal"]
 Query = Literal["swapped", "spatial", "temporal"]
 NormScope = Literal["clip", "frame"]
+PositionPlace = Literal["attention", "input"]
 PredictionType = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["scaled_linear", "linear"]
 
@@ -58,8 +59,11 @@ class UNetConfig:
     temporal_attention: bool = True
     # A temporal transformer behind the very first convolution, as in ModelScope.
     temporal_attention_in: bool = False
-    # Longest clip with sinusoidal frame positions in the temporal attention; 0 is none.
+    # Longest clip with sinusoidal frame positions in the temporal transformers; 0 is none.
     temporal_positions: int = 0
+    # Added for each attention (AnimateDiff), or once to what enters: then the feed-forward sees the time too, without
+    # which directions of motion are learned late.
+    position_place: PositionPlace = "attention"
     # What the temporal transformer's first GroupNorm averages over.
     temporal_norm: NormScope = "clip"
     temporal_skips: bool = True
@@ -198,6 +202,7 @@ PRESETS: dict[str, ModelConfig] = {
             head_dim=32,
             norm_groups=8,
             temporal_positions=32,
+            position_place="input",
             swap_window=(8, 3, 4),
         ),
         autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 2, 2), num_res_blocks=1, norm_groups=8),

@@ -121,7 +121,7 @@ class SpatialTransformer(nn.Module):
         self.temporal: TemporalTransformer | None = None
         self.merge: nn.Module | None = None
         if config.temporal_attention:
-            positions = config.temporal_positions > 0
+            positions = config.position_place if config.temporal_positions else None
             self.temporal = TemporalTransformer(
                 channels, channels, heads, groups, config.temporal_norm, positions, ops, attention
             )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import NormScope
+from ..config import NormScope, PositionPlace
 from ..ops import Attention, Operations, zeroed
 from .attention import CrossAttention, FeedForward
 
@@ -47,7 +47,9 @@ def frame_positions(num_frames: int, channels: int, like: Tensor) -> Tensor:
 class TemporalTransformerBlock(nn.Module):
     """Two self-attentions over time and a feed-forward on `[N, F, C]`."""
 
-    def __init__(self, channels: int, heads: int, positions: bool, ops: Operations, attention: Attention) -> None:
+    def __init__(
+        self, channels: int, heads: int, positions: PositionPlace | None, ops: Operations, attention: Attention
+    ) -> None:
         super().__init__()
         self.positions = positions
         self.norm1 = ops.LayerNorm(channels)
@@ -58,7 +60,11 @@ class TemporalTransformerBlock(nn.Module):
         self.ff = FeedForward(channels, ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        where = frame_positions(x.shape[1], x.shape[2], x) if self.positions else 0
+        where: Tensor | int = 0
+        if self.positions is not None:
+            where = frame_positions(x.shape[1], x.shape[2], x)
+        if self.positions == "input":
+            x, where = x + where, 0
         x = x + self.attn1(self.norm1(x) + where)
         x = x + self.attn2(self.norm2(x) + where)
         return x + self.ff(self.norm3(x))
@@ -74,7 +80,7 @@ class TemporalTransformer(nn.Module):
         heads: int,
         norm_groups: int,
         norm_scope: NormScope,
-        positions: bool,
+        positions: PositionPlace | None,
         ops: Operations,
         attention: Attention,
     ) -> None:

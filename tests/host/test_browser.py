@@ -1,0 +1,90 @@
+"""Every workflow in a real browser: it opens without a red node, is the graph of `workflows/api`, and runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pytest
+from comfy_server import PACK, Host
+
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# The first start of the frontend otherwise covers the page with a tour and a list of templates.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0}
+RED = "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type)"
+QUEUE = """() => new Promise(async resolve => {
+    for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
+        app.api.addEventListener(kind, event => resolve([kind, event.detail]), {once: true});
+    await app.queuePrompt(0, 1);
+    if (Object.keys(app.lastNodeErrors || {}).length) resolve(['refused', app.lastNodeErrors]);
+})"""
+FIT = """async () => {
+    app.canvas.low_quality_zoom_threshold = 0;
+    app.canvas.min_font_size_for_lod = 0;
+    await app.extensionManager.command.execute('Comfy.Canvas.FitView');
+}"""
+
+
+@pytest.fixture(scope="session")
+def page(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The frontend of the running host."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="for tests in a browser: pip install playwright")
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("for tests in a browser install Chromium")
+    for name, value in SETTINGS.items():
+        host.post(f"api/settings/{name}", value)
+    with playwright.sync_playwright() as started:
+        context = started.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("profile")),
+            executable_path=browser,
+            headless=True,
+            viewport={"width": 1600, "height": 900},
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
+        )
+        page = context.pages[0]
+        local = {"127.0.0.1", "localhost"}
+        page.route(
+            "**/*", lambda route: route.continue_() if urlparse(route.request.url).hostname in local else route.abort()
+        )
+        page.goto(host.address, wait_until="domcontentloaded")
+        page.wait_for_function("() => window.app && app.graph && app.vueAppReady && app.extensionManager")
+        page.wait_for_timeout(1500)
+        yield page
+        context.close()
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_opens_and_runs(page: Any, workflow: Path) -> None:
+    page.evaluate("graph => app.loadGraphData(graph)", json.loads(workflow.read_text()))
+    page.wait_for_timeout(1000)
+    assert page.evaluate(RED) == []
+    graph = page.evaluate("async () => (await app.graphToPrompt()).output")
+    written = json.loads((workflow.parent / "api" / workflow.name).read_text())
+    assert {name: (n["class_type"], n["inputs"]) for name, n in graph.items()} == {
+        name: (n["class_type"], n["inputs"]) for name, n in written.items()
+    }
+    ended, told = page.evaluate(QUEUE)
+    assert ended == "execution_success", told
+    if folder := os.environ.get("VIDEOFACTORY_SCREENSHOTS"):
+        page.evaluate(FIT)
+        page.wait_for_timeout(1500)
+        page.screenshot(path=str(Path(folder) / f"{workflow.stem}.png"))
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_is_listed_with_a_picture_and_repeats_itself(host: Host, workflow: Path) -> None:
+    listed = host.get("workflow_templates")
+    assert workflow.stem in listed["VideoFactory"]
+    assert workflow.with_suffix(".jpg").read_bytes().startswith(b"\xff\xd8\xff")
+    nodes = json.loads(workflow.read_text())["nodes"]
+    for node in nodes:
+        assert "randomize" not in (node.get("widgets_values") or [])
+        if node["type"].startswith("VideoFactory"):
+            assert node["properties"]["cnr_id"] == "videofactory"
