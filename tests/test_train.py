@@ -11,7 +11,7 @@ from videofactory_train.denoiser import Latents, latent_batches
 from videofactory_train.loop import State
 from videofactory_train.recipe import read_recipe, run_recipe
 
-from videofactory_core import checkpoint
+from videofactory_core import checkpoint, upscaler
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 
@@ -139,7 +139,36 @@ def test_batches_hold_single_frames_of_the_opening_or_clips(opening: int | None,
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
 def test_shipped_recipes_can_be_read(path: Path) -> None:
-    assert read_recipe(path).stages[-1].kind == "swap"
+    assert read_recipe(path).licence == "Apache-2.0"
+
+
+def test_an_upscaler_is_trained_for_a_model(tmp_path: Path) -> None:
+    source = run_recipe(write_recipe(tmp_path))
+    recipe = tmp_path / "x4.toml"
+    recipe.write_text(
+        f"""
+title = "tiny x4"
+licence = "MIT"
+origin = "a test"
+output = "{(tmp_path / "x4" / "x4.safetensors").as_posix()}"
+checkpoint = "{source.as_posix()}"
+precision = "no"
+workers = 0
+patch = 4
+[upscaler]
+groups = 1
+blocks = 1
+features = 16
+[schedule]
+steps = 20
+batch_size = 4
+learning_rate = 1e-3
+"""
+    )
+    model = upscaler.load(run_recipe(recipe))
+    assert model(torch.rand(1, 3, 8, 16)).shape == (1, 3, 32, 64)
+    losses = json.loads((tmp_path / "x4" / "upscaler.losses.json").read_text())
+    assert sum(losses[-5:]) < sum(losses[:5])
 
 
 @pytest.mark.parametrize(

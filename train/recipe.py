@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from videofactory_core import checkpoint
+from videofactory_core import checkpoint, upscaler
 from videofactory_core.config import PRESETS, ModelConfig, from_dict
 from videofactory_core.diffusion import Schedule as NoiseSchedule
 from videofactory_core.text import TextEncoder, Tokenizer, pad_token
 from videofactory_core.unet.model import VideoUNet
+from videofactory_core.upscaler import UpscalerConfig
 
 from . import autoencoder as autoencoder_training
 from . import denoiser as denoiser_training
+from . import upscaler as upscaler_training
 from .data.moving_shapes import MovingShapes
 from .loop import Schedule, train
 
@@ -74,7 +76,24 @@ class Recipe:
     workers: int = 1
 
 
-def read_recipe(path: Path) -> Recipe:
+@dataclass(frozen=True)
+class UpscalerRecipe:
+    """The run that makes an upscaler; see `train/recipes/demo-x4.toml`."""
+
+    title: str
+    licence: str
+    origin: str
+    output: str
+    checkpoint: str
+    upscaler: UpscalerConfig
+    schedule: Schedule
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    workers: int = 1
+    patch: int = 32
+
+
+def read_recipe(path: Path) -> Recipe | UpscalerRecipe:
     """Read and check a recipe; ValueError or OSError with one sentence when it cannot be used."""
     if sys.version_info >= (3, 11):
         import tomllib
@@ -87,23 +106,25 @@ def read_recipe(path: Path) -> Recipe:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    missing = {"title", "licence", "origin", "preset", "output", "clips", "autoencoder", "stages"} - set(data)
+    kind: type[Recipe | UpscalerRecipe] = UpscalerRecipe if "upscaler" in data else Recipe
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    missing = needed - set(data)
     if missing:
         raise ValueError(f"{path} lacks the setting {sorted(missing)[0]!r}")
-    recipe = from_dict(Recipe, data, path.name)
-    if recipe.preset not in PRESETS:
+    recipe = from_dict(kind, data, path.name)
+    if isinstance(recipe, Recipe) and recipe.preset not in PRESETS:
         raise ValueError(f"{path}: preset {recipe.preset!r} is not one of {', '.join(PRESETS)}")
+    if isinstance(recipe, Recipe) and (not recipe.stages or recipe.stages[-1].kind != "swap"):
+        raise ValueError(f"{path}: the last of the stages must be of kind 'swap'")
     return recipe
 
 
-class Run:
-    """A recipe at work in its folder; every finished stage is a file there, and a second start goes on behind it."""
+class Folder:
+    """Where a run works: every finished stage is a file there, and a second start goes on behind it."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe = recipe
+    def __init__(self, folder: Path, precision: str) -> None:
         self.folder = folder
-        self.config: ModelConfig = PRESETS[recipe.preset]
-        self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         folder.mkdir(parents=True, exist_ok=True)
 
     def log(self, line: str) -> None:
@@ -111,9 +132,6 @@ class Run:
         print(line, flush=True)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-    def clips(self, num_clips: int, num_frames: int, seed: int) -> MovingShapes:
-        return MovingShapes(num_clips, num_frames, self.config.height, self.config.width, seed)
 
     def restore(self, name: str, module: nn.Module) -> bool:
         """Load a finished stage into `module`, if there is one."""
@@ -137,6 +155,18 @@ class Run:
     def state_path(self, name: str) -> Path:
         """Where a stage under way keeps its state."""
         return self.folder / f"{name}.state.safetensors"
+
+
+class Run(Folder):
+    """A recipe for a whole model at work."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(Path(recipe.output).parent, recipe.precision)
+        self.recipe = recipe
+        self.config: ModelConfig = PRESETS[recipe.preset]
+
+    def clips(self, num_clips: int, num_frames: int, seed: int) -> MovingShapes:
+        return MovingShapes(num_clips, num_frames, self.config.height, self.config.width, seed)
 
     def train_autoencoder(self) -> autoencoder_training.Autoencoder:
         """The autoencoder, trained or restored, with the latent scale measured from it in `self.config`."""
@@ -240,16 +270,19 @@ class Run:
 
 
 def run_recipe(path: Path) -> Path:
-    """Train what the recipe says and write one checkpoint; returns its path.
+    """Train what the recipe says and write one file; returns its path.
 
     Raises ValueError for a recipe that cannot be used.
     """
     recipe = read_recipe(path)
-    if not recipe.stages or recipe.stages[-1].kind != "swap":
-        raise ValueError(f"{path}: the last of the stages must be of kind 'swap'")
-    output = Path(recipe.output)
     torch.manual_seed(recipe.seed)
-    run = Run(recipe, output.parent)
+    return train_upscaler(recipe) if isinstance(recipe, UpscalerRecipe) else train_model(recipe)
+
+
+def train_model(recipe: Recipe) -> Path:
+    """A whole model: autoencoder, then text encoder and U-Net together."""
+    output = Path(recipe.output)
+    run = Run(recipe)
     autoencoder = run.train_autoencoder()
     denoiser = run.train_denoiser(run.latents(autoencoder))
     model = checkpoint.Model(
@@ -265,5 +298,39 @@ def run_recipe(path: Path) -> Path:
         ),
     )
     checkpoint.save(output, model, model.metadata, dtype=torch.float16)
+    run.log(f"wrote {output}")
+    return output
+
+
+def train_upscaler(recipe: UpscalerRecipe) -> Path:
+    """An upscaler for the frames of one model."""
+    output = Path(recipe.output)
+    source = checkpoint.load(recipe.checkpoint)
+    config = source.config
+    run = Folder(output.parent, recipe.precision)
+    model = upscaler.Upscaler(recipe.upscaler).to(run.accelerator.device)
+    clips = MovingShapes(1 << 30, config.frames, config.height, config.width, recipe.seed + 2)
+    pairs = upscaler_training.ScenePairs(clips, recipe.upscaler.scale)
+    if not run.restore("upscaler", model):
+        losses = train(
+            model,
+            partial(
+                upscaler_training.patch_batches,
+                pairs,
+                source.autoencoder,
+                recipe.schedule.batch_size,
+                recipe.patch,
+                recipe.workers,
+                recipe.seed,
+            ),
+            partial(upscaler_training.loss, model),
+            recipe.schedule,
+            run.accelerator,
+            lambda line: run.log(f"upscaler  {line}"),
+            seed=recipe.seed,
+            state_path=run.state_path("upscaler"),
+        )
+        run.keep("upscaler", model.state_dict(), losses)
+    upscaler.save(output, model, recipe.title, recipe.licence, recipe.origin)
     run.log(f"wrote {output}")
     return output
