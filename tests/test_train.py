@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from videofactory_train.denoiser import Latents, latent_batches
+from safetensors.torch import load_file
+from torch import Tensor
+from videofactory_train.denoiser import Denoiser, Latents, latent_batches
 from videofactory_train.loop import State
 from videofactory_train.recipe import read_recipe, run_recipe
 
 from videofactory_core import checkpoint, upscaler
+from videofactory_core.config import PRESETS
+from videofactory_core.diffusion import Schedule
+from videofactory_core.text import TextEncoder
+from videofactory_core.unet.model import VideoUNet
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 
@@ -137,6 +144,45 @@ def test_batches_hold_single_frames_of_the_opening_or_clips(opening: int | None,
     assert {int(number) for batch in latents for number in batch.unique()} == frames
 
 
+def test_a_stage_may_leave_the_text_encoder_as_it_is(tmp_path: Path) -> None:
+    frozen = TINY.replace('kind = "addition"', 'kind = "addition"\nfreeze_text = true')
+    run_recipe(write_recipe(tmp_path, frozen))
+    before, during, after = (
+        load_file(tmp_path / f"{name}.safetensors") for name in ("1-images", "2-addition", "3-swap")
+    )
+    text = [key for key in before if key.startswith("text_encoder.")]
+    assert text
+    assert all(torch.equal(during[key], before[key]) for key in text)
+    assert not all(torch.equal(after[key], during[key]) for key in text)
+    assert not all(torch.equal(during[key], before[key]) for key in before if key.startswith("unet."))
+
+
+class Levels(VideoUNet):
+    """A network that notes the time steps it is asked at."""
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, **_: Any) -> Tensor:
+        self.seen = timesteps
+        return x * next(self.parameters()).mean()
+
+
+@pytest.mark.parametrize(
+    ("shift", "part"), [(1.0, (0.0, 1.0)), (1.0, (0.55, 0.8)), (6.0, (0.0, 1.0)), (3.0, (0.5, 1.0))]
+)
+def test_noise_levels_are_drawn_where_the_recipe_says(shift: float, part: tuple[float, float]) -> None:
+    config = PRESETS["debug"]
+    model = Denoiser(Levels(config.unet), TextEncoder(config.text))
+    tokens = torch.zeros(4000, 1, 77, dtype=torch.long)
+    torch.manual_seed(0)
+    batch = Latents(torch.zeros(4000, 4, 1, 1, 1), tokens)
+    model.loss(batch, Schedule.from_config(config.diffusion), 0.1, shift, part, tokens[:1])
+    shares = model.unet.seen / 1000
+    assert shares.min() >= part[0]
+    assert shares.max() < part[1]
+    # The median of the uniform share, 1/2, is moved to s / (s + 1).
+    median = part[0] + (part[1] - part[0]) * shift / (shift + 1)
+    assert float(shares.median()) == pytest.approx(median, abs=0.02)
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
 def test_shipped_recipes_can_be_read(path: Path) -> None:
     assert read_recipe(path).licence == "Apache-2.0"
@@ -183,6 +229,8 @@ learning_rate = 1e-3
         ('kind = "images"', 'kind = "images"\nopening = 0.0', "opening"),
         ('kind = "images"', 'kind = "images"\nopening = 1.5', "opening"),
         ('kind = "addition"', 'kind = "addition"\nframe_stride = 0', "frame_stride"),
+        ('kind = "images"', 'kind = "images"\ntimestep_range = [0.5, 0.5]', "timestep_range"),
+        ('kind = "images"', 'kind = "images"\ntimestep_range = [0.5, 1.5]', "timestep_range"),
     ],
 )
 def test_recipes_that_cannot_be_used_are_refused_in_a_sentence(

@@ -78,12 +78,19 @@ class Denoiser(nn.Module):
         self.text_encoder = text_encoder
 
     def loss(
-        self, batch: Latents, schedule: Schedule, caption_dropout: float, timestep_shift: float, empty: Tensor
+        self,
+        batch: Latents,
+        schedule: Schedule,
+        caption_dropout: float,
+        timestep_shift: float,
+        timestep_range: tuple[float, float],
+        empty: Tensor,
     ) -> Tensor:
         """Mean squared error of the network's prediction at a random time step of every clip.
 
         The share of the schedule `u`, uniform in 0..1, becomes `s u / (1 + (s - 1) u)`: a `timestep_shift` s above 1
         trains more on high noise, where a clip's many alike frames still show what is in it and its motion is decided.
+        `timestep_range` is the part of the schedule that it then stands for.
         `empty [1, 77]` are the tokens of the empty prompt that a dropped caption becomes, which is what
         classifier-free guidance asks for later.
         """
@@ -93,6 +100,7 @@ class Denoiser(nn.Module):
         tokens = torch.where(dropped[:, None, None], empty.to(device), tokens)
         share = torch.rand(len(latents), device=device)
         share = timestep_shift * share / (1 + (timestep_shift - 1) * share)
+        share = timestep_range[0] + (timestep_range[1] - timestep_range[0]) * share
         timesteps = (share * schedule.num_timesteps).long().clamp_(max=schedule.num_timesteps - 1)
         noise = torch.randn_like(latents)
         noisy = schedule.add_noise(latents, noise, timesteps)

@@ -47,12 +47,18 @@ class DenoiserStage:
     schedule: Schedule
     caption_dropout: float = 0.1
     timestep_shift: float = 1.0
+    # The part of the noise schedule that is trained, as shares of it.
+    timestep_range: tuple[float, float] = (0.0, 1.0)
+    # The text encoder keeps the features that it has.
+    freeze_text: bool = False
     # Single frames come from this first share of a clip.
     opening: float = 1.0
     # Clips are shortened to every n-th frame.
     frame_stride: int = 1
 
     def __post_init__(self) -> None:
+        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
+            raise ValueError(f"timestep_range: {list(self.timestep_range)} is no range of shares; use [0.0, 1.0]")
         if self.frame_stride < 1:
             raise ValueError(f"frame_stride: {self.frame_stride} is not a number of frames; use 1 or more")
         if not 0 < self.opening <= 1:
@@ -239,6 +245,7 @@ class Run(Folder):
                 if unknown:
                     raise ValueError(f"stage {name} cannot follow the one before it: it lacks {unknown[0]!r}")
             model.to(self.accelerator.device)
+            model.text_encoder.requires_grad_(not stage.freeze_text)
             if not self.restore(name, model):
                 losses = train(
                     model,
@@ -255,6 +262,7 @@ class Run(Folder):
                         schedule=schedule,
                         caption_dropout=stage.caption_dropout,
                         timestep_shift=stage.timestep_shift,
+                        timestep_range=stage.timestep_range,
                         empty=empty,
                     ),
                     stage.schedule,

@@ -238,7 +238,30 @@ def controlnet(host: Any, demo: Path) -> dict[str, Any]:
     }
 
 
-CHECKS = {check.__name__: check for check in (partial_load, weight_types, attention_patches, text_encoder, controlnet)}
+def missing_library(host: Any, demo: Path) -> dict[str, Any]:
+    """The pack where one of the host's libraries cannot be imported."""
+    import asyncio
+    import logging
+
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger().addHandler(Listener())
+    for room in ("load", "write", "sample", "decode", "upscale"):
+        sys.modules.pop(f"videofactory_pack.nodes.{room}", None)
+    sys.modules["latent_preview"] = None  # type: ignore[assignment]
+    extension = asyncio.run(sys.modules["videofactory_pack"].comfy_entrypoint())
+    nodes = asyncio.run(extension.get_node_list())
+    return {"nodes": [node.GET_SCHEMA().node_id for node in nodes], "said": said}
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (partial_load, weight_types, attention_patches, text_encoder, controlnet, missing_library)
+}
 
 if __name__ == "__main__":
     folder, check, file = sys.argv[1:4]

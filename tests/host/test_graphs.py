@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from comfy_server import Failed, Host
+from comfy_server import DEMO_FILE, Failed, Host
 from einops import rearrange
 from graphs import PROMPT, Graph, clip_latent, filmed, native, node, saved
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import videofactory_core
 from videofactory_core import checkpoint
 from videofactory_core.diffusion import Schedule, guide
 from videofactory_core.pipeline import generate
 from videofactory_core.sampling import sample
 from videofactory_core.video import read_video
-
-DEMO_FILE = Path(videofactory_core.__file__).parent / "assets" / "demo.safetensors"
 
 
 def latents(host: Host, graph: Graph, *names: str) -> list[Tensor]:
@@ -53,6 +49,12 @@ def test_every_node_explains_itself(host: Host) -> None:
                 assert translated[name]["inputs"][field]["tooltip"] == options["tooltip"], (name, field)
         assert translated[name]["display_name"] == told["display_name"]
         assert host.text(f"extensions/VideoFactory/docs/{name}.md").startswith(f"# {told['display_name']}\n")
+
+
+def test_the_pack_is_imported_within_a_second(host: Host) -> None:
+    found = re.search(r"([\d.]+) seconds: \S*VideoFactory", host.log.read_text(errors="replace"))
+    assert found is not None
+    assert float(found[1]) < 1.0
 
 
 def test_text_becomes_a_video(host: Host) -> None:

@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_server import HOW_TO_GET_A_HOST, host_folders, interpreter
-
-import videofactory_core
-
-DEMO = Path(videofactory_core.__file__).parent / "assets" / "demo.safetensors"
+from comfy_server import DEMO_FILE, host_folders, interpreter, reason_to_skip
 
 
 @pytest.fixture(params=[*enumerate(host_folders())] or [None], ids=lambda p: p and p[1].name)
 def inside(request: pytest.FixtureRequest) -> Any:
-    if request.param is None:
-        pytest.skip(HOW_TO_GET_A_HOST)
+    if reason := reason_to_skip():
+        pytest.skip(reason)
     number, folder = request.param
 
     def run(check: str) -> dict[str, Any]:
         script = Path(__file__).parent / "inside.py"
-        command = [interpreter(number, folder), str(script), str(folder), check, str(DEMO)]
+        command = [interpreter(number, folder), str(script), str(folder), check, str(DEMO_FILE)]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
         assert ran.returncode == 0, ran.stderr[-3000:]
         result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
@@ -67,3 +63,12 @@ def test_a_controlnet_of_the_same_family_acts(inside: Any) -> None:
     assert found["on"] > 1e-3
     assert found["one hint"] <= 1e-6
     assert found["other hints"] > 1e-4
+
+
+def test_a_missing_library_costs_only_the_nodes_that_need_it(inside: Any) -> None:
+    found = inside("missing_library")
+    assert "VideoFactoryLoader" in found["nodes"]
+    assert "VideoFactorySampler" not in found["nodes"]
+    (line,) = [line for line in found["said"] if line.startswith("VideoFactory")]
+    assert "the nodes of sample are missing" in line
+    assert "latent_preview" in line
