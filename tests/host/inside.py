@@ -166,6 +166,7 @@ def controlnet(host: Any, demo: Path) -> dict[str, Any]:
 
     import comfy.cldm.cldm
     import comfy.controlnet
+    import comfy.ops
     import comfy.sample
     import torch
 
@@ -209,7 +210,7 @@ def controlnet(host: Any, demo: Path) -> dict[str, Any]:
         context_dim=48,
         use_linear_in_transformer=True,
         dtype=torch.float32,
-        operations=torch.nn,
+        operations=comfy.ops.disable_weight_init,
     )
     randomise(network)
     weights = {f"control_model.{key}": value for key, value in network.state_dict().items()}

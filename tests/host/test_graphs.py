@@ -364,6 +364,7 @@ def with_patch(graph: Graph, class_type: str, **inputs: object) -> Graph:
                 "upscale_method": "bicubic",
             },
         ),
+        ("HyperTile", {"tile_size": 32, "swap_size": 2, "max_depth": 0, "scale_depth": False}),
         ("TomePatchModel", {"ratio": 0.5}),
         ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": False}),
     ],
@@ -379,7 +380,6 @@ def test_the_hosts_model_patches_act(host: Host, class_type: str, inputs: dict[s
 @pytest.mark.parametrize(
     ("class_type", "inputs"),
     [
-        ("HyperTile", {"tile_size": 4096, "swap_size": 2, "max_depth": 0, "scale_depth": False}),
         ("EasyCache", {"reuse_threshold": 0.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}),
         ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": True}),
     ],
