@@ -10,12 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import videofactory_core
+from videofactory_core.checkpoint import DEMO
 
 ROUNDS = 3
 THREADS = "2"
 PROMPT = "a red circle moving right on a black background"
-DEMO = Path(videofactory_core.__file__).parent / "assets" / "demo.safetensors"
 COMMAND = "import sys; from videofactory_train.cli import main; sys.exit(main())"
 
 # Runs in a process of its own, because only the first import costs anything; prints a name and seconds a line.

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from videofactory_train.data.moving_shapes import HELD_OUT, Combination, caption
 from videofactory_train.data.shape_checker import Verdict, check, summarise
 
-import videofactory_core
 from videofactory_core import checkpoint
 from videofactory_core.pipeline import generate
 from videofactory_core.video import write_video
@@ -26,7 +25,6 @@ SEEDS = 4
 # A third of the combinations, taken in strides that meet every word.
 SAMPLE = tuple(HELD_OUT[7 * i % len(HELD_OUT)] for i in range(len(HELD_OUT) // 3))
 BAR = {"colour": 0.95, "shape": 0.90, "direction": 0.95, "background": 0.95, "steady": 1.0}
-DEMO = Path(videofactory_core.__file__).parent / "assets" / "demo.safetensors"
 
 
 def judge(
@@ -70,7 +68,7 @@ def mosaic(clips: Sequence[Tensor], columns: int = 4) -> Tensor:
     return rearrange(torch.stack(list(clips)), "(R N) F H W C -> F (R H) (N W) C", N=columns)
 
 
-def report(path: Path = DEMO, folder: Path = Path("runs/demo-report")) -> None:
+def report(path: Path = checkpoint.DEMO, folder: Path = Path("runs/demo-report")) -> None:
     """36 combinations x 4 seeds: print the table beside the bar, and write a contact sheet and a mosaic."""
     model = checkpoint.load(path)
     clips, verdicts = judge(model, HELD_OUT, SEEDS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy_api.v0_0_2 import io
 from einops import rearrange
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from . import host
 from .load import CATEGORY
+from .progress import pieces
 
 
 def frames_per_chunk() -> io.Int.Input:
@@ -54,17 +53,13 @@ class Decode(io.ComfyNode):
             )
         if not len(samples):
             raise ValueError("this latent has 0 frames: make at least 1")
-        chunk = frames_per_chunk or len(samples)
-        progress = comfy.utils.ProgressBar(len(samples))
         out: Tensor | None = None
-        for start in range(0, len(samples), chunk):
-            comfy.model_management.throw_exception_if_processing_interrupted()
+        for piece in pieces(len(samples), frames_per_chunk or len(samples)):
             # The host splits further by free memory, and goes over to tiles when a frame does not fit.
-            frames = vae.decode(samples[start : start + chunk])
+            frames = vae.decode(samples[piece])
             if out is None:
                 out = frames.new_empty((len(samples), *frames.shape[1:]))
-            out[start : start + len(frames)] = frames
-            progress.update(len(frames))
+            out[piece] = frames
         return io.NodeOutput(out)
 
 
@@ -88,15 +83,11 @@ class Encode(io.ComfyNode):
     def execute(cls, frames: Tensor, vae: Any, frames_per_chunk: int) -> io.NodeOutput:
         if not len(frames):
             raise ValueError("there are 0 frames to encode: give at least 1")
-        chunk = frames_per_chunk or len(frames)
-        progress = comfy.utils.ProgressBar(len(frames))
         parts = []
-        for start in range(0, len(frames), chunk):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            parts.append(vae.encode(frames[start : start + chunk, :, :, :3]))
+        for piece in pieces(len(frames), frames_per_chunk or len(frames)):
+            parts.append(vae.encode(frames[piece, :, :, :3]))
             if parts[-1].ndim != 4:
                 raise ValueError("this VAE belongs to another family of models: connect the VAE of Load VideoFactory")
-            progress.update(len(parts[-1]))
         return io.NodeOutput({"samples": torch.cat(parts), host.FRAMES: len(frames)})
 
 

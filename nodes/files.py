@@ -7,14 +7,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
-from .. import videofactory_core
+from ..videofactory_core.checkpoint import DEMO
 
-ASSETS = Path(videofactory_core.__file__).parent / "assets"
 CHECKPOINTS, UPSCALERS = "videofactory", "upscale_models"
 # In every list beside the user's own files; brackets keep them apart from a file of the same name.
 BUNDLED = {
-    CHECKPOINTS: {"demo [bundled]": ASSETS / "demo.safetensors"},
-    UPSCALERS: {"demo-x4 [bundled]": ASSETS / "demo-x4.safetensors"},
+    CHECKPOINTS: {"demo [bundled]": DEMO},
+    UPSCALERS: {"demo-x4 [bundled]": DEMO.with_name("demo-x4.safetensors")},
 }
 
 

@@ -87,7 +87,7 @@ class HostHooks(Hooks):
     def attend(self, name: str, depth: int, layer: CrossAttention, x: Tensor, context: Tensor | None) -> Tensor:
         self.options["block_index"] = depth
         place = self.options["block"]
-        told = self.told(layer.heads, x.shape[-1])
+        told = self.told(layer.heads, x.shape[-1]) if self.patches or self.replacements else {}
         context = x if context is None else context
         value: Tensor | None = context
         for patch in self.patches.get(f"{name}_patch", ()):

@@ -11,6 +11,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from .load import CATEGORY
+from .progress import pieces
 
 SCALE = 4
 # Pixels of the input that neighbouring tiles share: enough that seams do not show.
@@ -57,14 +58,11 @@ class Upscale(io.ComfyNode):
         upscale_model.to(device)
         count, height, width = frames.shape[:3]
         out = torch.empty((count, height * SCALE, width * SCALE, 3), dtype=torch.float32)
-        progress = comfy.utils.ProgressBar(count)
         try:
-            for i in range(count):
-                management.throw_exception_if_processing_interrupted()
-                picture = frames[i : i + 1, :, :, :3].movedim(-1, 1).float()
+            for one in pieces(count, 1):
+                picture = frames[one, :, :, :3].movedim(-1, 1).float()
                 large, tile = upscale(upscale_model, picture.to(device), tile)
-                out[i] = large[0].movedim(0, -1).clamp(0, 1).cpu()
-                progress.update(1)
+                out[one] = large.movedim(1, -1).clamp(0, 1).cpu()
         finally:
             upscale_model.to("cpu")
         return io.NodeOutput(out)

@@ -19,7 +19,6 @@ examples:
   videofactory inspect model.safetensors
   videofactory train train/recipes/demo.toml
 """
-DEMO = "demo.safetensors"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,12 +125,11 @@ def run_generate(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    import videofactory_core
     from videofactory_core import checkpoint
     from videofactory_core.pipeline import generate
     from videofactory_core.video import check_fps, write_video
 
-    path = options.checkpoint or Path(videofactory_core.__file__).parent / "assets" / DEMO
+    path = options.checkpoint or checkpoint.DEMO
     try:
         device = torch.device(options.device or best_device())
     except RuntimeError as error:

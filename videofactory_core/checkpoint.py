@@ -30,6 +30,8 @@ from .unet.model import VideoUNet
 
 FORMAT = "videofactory"
 FORMAT_VERSION = 1
+# The model that comes with the package.
+DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
 # The limit of the safetensors format itself.
 MAX_HEADER_BYTES = 100_000_000
@@ -107,20 +109,30 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch
 
 
 def save(path: str | os.PathLike[str], model: Model, metadata: Metadata, dtype: torch.dtype | None = None) -> None:
-    """Write `model` as one file, cast to `dtype` (None: as it is); equal models give equal bytes.
-
-    The file appears whole or not at all. Raises OSError when the disk does not take it.
-    """
-    path = Path(path)
+    """Write `model` as one file, cast to `dtype` (None: as it is); raises what `write` raises."""
     tensors = {
         PREFIXES[part] + name: tensor
         for part, module in model.parts().items()
         for name, tensor in module.state_dict().items()
     }
+    write(path, tensors, _header_strings(model.config, metadata), dtype)
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    strings: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `tensors`, cast to `dtype` (None: as they are), and `strings` as metadata; equal input gives equal bytes.
+
+    The file appears whole or not at all. Raises OSError when the disk does not take it.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write(file, tensors, _header_strings(model.config, metadata), dtype)
+            _write(file, tensors, strings, dtype)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -133,9 +145,9 @@ def save(path: str | os.PathLike[str], model: Model, metadata: Metadata, dtype: 
         raise
 
 
-def _write(file: Any, tensors: dict[str, Tensor], strings: dict[str, str], dtype: torch.dtype | None) -> None:
+def _write(file: Any, tensors: Mapping[str, Tensor], strings: Mapping[str, str], dtype: torch.dtype | None) -> None:
     """The safetensors format by hand: the library's writer orders metadata at random, and holds all tensors at once."""
-    header: dict[str, Any] = {"__metadata__": strings}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(strings.items()))}
     # Wide types first, so that every tensor stays aligned to its type.
     order = sorted(tensors, key=lambda key: (-(dtype or tensors[key].dtype).itemsize, key))
     offset = 0
@@ -174,7 +186,7 @@ def _header_strings(config: ModelConfig, metadata: Metadata) -> dict[str, str]:
     }
     if metadata.date is not None:
         strings["modelspec.date"] = metadata.date
-    return dict(sorted(strings.items()))
+    return strings
 
 
 def _read_metadata(strings: Mapping[str, str], path: Path) -> Metadata:
@@ -275,7 +287,7 @@ def pack_header(config: ModelConfig, metadata: Metadata) -> Tensor:
 
     Saved under `KEPT_HEADER` it is found again when the metadata is gone.
     """
-    text = json.dumps(_header_strings(config, metadata)).encode()
+    text = json.dumps(_header_strings(config, metadata), sort_keys=True).encode()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 

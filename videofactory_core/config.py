@@ -87,6 +87,11 @@ class UNetConfig:
             if channels % self.heads(channels):
                 raise ValueError(f"{channels} channels do not divide into {self.heads(channels)} attention heads")
 
+    @property
+    def positions(self) -> PositionPlace | None:
+        """Where frame positions enter the temporal transformers, None where they do not."""
+        return self.position_place if self.temporal_positions else None
+
     def heads(self, channels: int) -> int:
         """Number of attention heads in a layer of `channels`."""
         return self.num_heads or max(1, channels // self.head_dim)

@@ -8,12 +8,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from .checkpoint import CheckpointError, read_header, write
 
 # What the authors subtract from pictures in 0..1 before, and add after, when a file has the keys for it.
 MEAN = (0.4488, 0.4371, 0.4040)
@@ -147,27 +147,19 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 
 def load(path: str | os.PathLike[str]) -> Upscaler:
-    """An upscaler from a safetensors file, in eval mode; ValueError for any other file."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; check the name and the folder")
+    """An upscaler from a safetensors file, in eval mode; CheckpointError, a ValueError, for any other file."""
+    header = read_header(path)
     try:
-        with safe_open(path, "pt") as file:
-            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); get it again") from error
-    try:
-        model = Upscaler(detect({key: tuple(value.shape) for key, value in weights.items()}))
+        model = Upscaler(detect(header.shapes))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    model.load_state_dict(weights)
+        raise CheckpointError(f"{path}: {error}") from error
+    with safe_open(path, "pt") as file:
+        model.load_state_dict({key: file.get_tensor(key).float() for key in header.shapes})
     return model.eval()
 
 
 def save(path: str | os.PathLike[str], model: Upscaler, title: str, licence: str, origin: str) -> None:
-    """Write `model` in half precision; the file appears whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write `model` in half precision; raises what `checkpoint.write` raises."""
     strings = {
         "format": "videofactory-upscaler",
         "sizes": json.dumps(vars(model.config)),
@@ -176,8 +168,4 @@ def save(path: str | os.PathLike[str], model: Upscaler, title: str, licence: str
         "modelspec.license": licence,
         "origin": origin,
     }
-    try:
-        save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, temporary, strings)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(path, model.state_dict(), strings, torch.float16)

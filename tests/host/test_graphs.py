@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from comfy_server import DEMO_FILE, Failed, Host
+from comfy_server import Failed, Host
 from einops import rearrange
 from graphs import PROMPT, Graph, clip_latent, filmed, native, node, saved
 from safetensors.torch import load_file, save_file
@@ -88,7 +88,7 @@ def core_latents(model: checkpoint.Model, seed: int = 0, steps: int = 25) -> Ten
 
 def test_the_graph_gives_what_the_command_gives(host: Host) -> None:
     (ours,) = latents(host, clip_latent(seed=5), "sample")
-    assert relative_error(ours, core_latents(checkpoint.load(DEMO_FILE), seed=5)) <= 1e-4
+    assert relative_error(ours, core_latents(checkpoint.load(checkpoint.DEMO), seed=5)) <= 1e-4
 
 
 def test_latents_with_a_dimension_for_time_are_taken_too(host: Host) -> None:
@@ -102,7 +102,7 @@ def test_latents_with_a_dimension_for_time_are_taken_too(host: Host) -> None:
     graph = clip_latent(seed=2, steps=5)
     graph["empty"] = node("LoadLatent", latent=empty)
     (five,) = latents(host, native(graph), "sample")
-    model = checkpoint.load(DEMO_FILE)
+    model = checkpoint.load(checkpoint.DEMO)
     found: list[Tensor] = []
     generate(model, PROMPT, steps=5, seed=2, sampler="euler", on_step=lambda _, x: found.append(x))
     assert relative_error(five, found[-1] / model.config.autoencoder.scale_factor) <= 1e-4
@@ -209,7 +209,7 @@ def test_a_saved_checkpoint_comes_back_whole(host: Host) -> None:
     assert torch.equal(after, before)
     told = checkpoint.explain(host.base / "models" / "videofactory" / "kept.safetensors")
     assert told.loadable
-    assert told.config == checkpoint.explain(DEMO_FILE).config
+    assert told.config == checkpoint.explain(checkpoint.DEMO).config
     assert told.licence == "Apache-2.0"
 
 
@@ -224,7 +224,7 @@ NAMES = {
 
 @pytest.mark.parametrize("style", NAMES)
 def test_a_lora_changes_the_layer_that_it_names(host: Host, style: str) -> None:
-    model = checkpoint.load(DEMO_FILE)
+    model = checkpoint.load(checkpoint.DEMO)
     layer = model.unet.get_submodule(SWAP_LAYER if "Swap" in style else LAYER)
     generator = torch.Generator().manual_seed(0)
     down, up = (torch.randn(shape, generator=generator) for shape in ((4, layer.in_features), (layer.out_features, 4)))
@@ -327,7 +327,7 @@ def test_a_latent_of_another_family_is_refused(host: Host) -> None:
 
 def test_a_file_that_vanishes_before_its_turn_is_named(host: Host) -> None:
     copy = host.base / "models" / "videofactory" / "vanishing.safetensors"
-    shutil.copy(DEMO_FILE, copy)
+    shutil.copy(checkpoint.DEMO, copy)
     slow = host.queue(saved(clip_latent(steps=40, seed=11), "sample"))
     graph = clip_latent(steps=1)
     graph["load"]["inputs"]["checkpoint"] = copy.name

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_server import DEMO_FILE, host_folders, interpreter, reason_to_skip
+from comfy_server import host_folders, interpreter, reason_to_skip
+
+from videofactory_core.checkpoint import DEMO
 
 
 @pytest.fixture(params=[*enumerate(host_folders())] or [None], ids=lambda p: p and p[1].name)
@@ -19,7 +21,7 @@ def inside(request: pytest.FixtureRequest) -> Any:
 
     def run(check: str) -> dict[str, Any]:
         script = Path(__file__).parent / "inside.py"
-        command = [interpreter(number, folder), str(script), str(folder), check, str(DEMO_FILE)]
+        command = [interpreter(number, folder), str(script), str(folder), check, str(DEMO)]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
         assert ran.returncode == 0, ran.stderr[-3000:]
         result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])

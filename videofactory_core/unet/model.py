@@ -73,10 +73,9 @@ class VideoUNet(nn.Module):
         first: list[nn.Module] = [ops.Conv2d(config.in_channels, widths[0], 3, padding=1)]
         if config.temporal_attention_in:
             inner = 8 * (config.head_dim or widths[0] // 8)
-            positions = config.position_place if config.temporal_positions else None
             first.append(
                 TemporalTransformer(
-                    widths[0], inner, 8, config.norm_groups, config.temporal_norm, positions, ops, attention
+                    widths[0], inner, 8, config.norm_groups, config.temporal_norm, config.positions, ops, attention
                 )
             )
         self.input_blocks = nn.ModuleList([Block(*first)])

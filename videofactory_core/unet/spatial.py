@@ -121,9 +121,8 @@ class SpatialTransformer(nn.Module):
         self.temporal: TemporalTransformer | None = None
         self.merge: nn.Module | None = None
         if config.temporal_attention:
-            positions = config.position_place if config.temporal_positions else None
             self.temporal = TemporalTransformer(
-                channels, channels, heads, groups, config.temporal_norm, positions, ops, attention
+                channels, channels, heads, groups, config.temporal_norm, config.positions, ops, attention
             )
             self.merge = build_merge(config, channels, end, ops, attention)
 
