@@ -179,6 +179,14 @@ def test_clips_differ_between_indices_and_seeds():
     assert len(seen) == 600
 
 
+def test_an_object_that_returns_ends_where_it_began():
+    clips = MovingShapes(1, num_frames=15, returns=True)
+    there_and_back = clips[0]["video"]
+    assert torch.allclose(there_and_back, there_and_back.flip(1), atol=1e-4)
+    one_way = draw(replace(clips.scene(0), returns=False), num_frames=8)
+    assert torch.allclose(there_and_back[:, :8], one_way, atol=1e-4)
+
+
 def test_item_holds_clip_caption_and_mask_of_one_scene():
     clips = MovingShapes(3, num_frames=4, height=36, width=64)
     item = clips[2]

@@ -217,6 +217,40 @@ learning_rate = 1e-3
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+def test_a_lora_is_trained_on_a_model_that_stays_as_it_is(tmp_path: Path) -> None:
+    source = run_recipe(write_recipe(tmp_path))
+    before = source.read_bytes()
+    recipe = tmp_path / "lora.toml"
+    recipe.write_text(
+        f"""
+title = "tiny LoRA"
+licence = "MIT"
+origin = "a test"
+output = "{(tmp_path / "lora" / "lora.safetensors").as_posix()}"
+checkpoint = "{source.as_posix()}"
+clips = 4
+returns = true
+precision = "no"
+workers = 0
+[adapter]
+layers = "temporal|merge"
+rank = 2
+alpha = 2.0
+[schedule]
+steps = 3
+batch_size = 2
+learning_rate = 1e-2
+"""
+    )
+    weights = load_file(run_recipe(recipe))
+    assert all(key.startswith("diffusion_model.") for key in weights)
+    assert any(".merge." in key and "lora_up" in key and value.any() for key, value in weights.items())
+    assert source.read_bytes() == before
+    recipe.write_text(recipe.read_text().replace("rank = 2", "rank = 0"))
+    with pytest.raises(ValueError, match="rank"):
+        run_recipe(recipe)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

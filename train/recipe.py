@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from videofactory_core import checkpoint, upscaler
+from videofactory_core import adapters, checkpoint, upscaler
 from videofactory_core.config import PRESETS, ModelConfig, from_dict
 from videofactory_core.diffusion import Schedule as NoiseSchedule
 from videofactory_core.text import TextEncoder, Tokenizer, pad_token
@@ -99,7 +99,37 @@ class UpscalerRecipe:
     patch: int = 32
 
 
-def read_recipe(path: Path) -> Recipe | UpscalerRecipe:
+@dataclass(frozen=True)
+class Layers:
+    """Which linear layers of the U-Net a LoRA changes, by a regular expression over their names, and how much."""
+
+    layers: str
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """The run that makes a LoRA; see `train/recipes/demo-boomerang.toml`."""
+
+    title: str
+    licence: str
+    origin: str
+    output: str
+    checkpoint: str
+    clips: int
+    adapter: Layers
+    schedule: Schedule
+    caption_dropout: float = 0.1
+    timestep_shift: float = 1.0
+    # The drawn shapes turn back halfway.
+    returns: bool = False
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    workers: int = 1
+
+
+def read_recipe(path: Path) -> Recipe | UpscalerRecipe | AdapterRecipe:
     """Read and check a recipe; ValueError or OSError with one sentence when it cannot be used."""
     if sys.version_info >= (3, 11):
         import tomllib
@@ -112,7 +142,8 @@ def read_recipe(path: Path) -> Recipe | UpscalerRecipe:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    kind: type[Recipe | UpscalerRecipe] = UpscalerRecipe if "upscaler" in data else Recipe
+    kinds: dict[str, type[UpscalerRecipe | AdapterRecipe]] = {"upscaler": UpscalerRecipe, "adapter": AdapterRecipe}
+    kind: type[Recipe | UpscalerRecipe | AdapterRecipe] = next((kinds[key] for key in kinds if key in data), Recipe)
     needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     missing = needed - set(data)
     if missing:
@@ -174,22 +205,23 @@ class Run(Folder):
     def clips(self, num_clips: int, num_frames: int, seed: int) -> MovingShapes:
         return MovingShapes(num_clips, num_frames, self.config.height, self.config.width, seed)
 
+    def frames(self, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What the autoencoder is trained on, from batch `first` on."""
+        stage = self.recipe.autoencoder
+        clips = self.clips(1 << 30, stage.frames_per_clip, self.recipe.seed + 1)
+        return autoencoder_training.frame_batches(
+            clips, stage.schedule.batch_size, stage.frames_per_clip, self.recipe.workers, first
+        )
+
     def train_autoencoder(self) -> autoencoder_training.Autoencoder:
         """The autoencoder, trained or restored, with the latent scale measured from it in `self.config`."""
         stage = self.recipe.autoencoder
         model = autoencoder_training.Autoencoder(self.config.autoencoder).to(self.accelerator.device)
-        clips = self.clips(1 << 30, stage.frames_per_clip, self.recipe.seed + 1)
-
-        def batches(first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            return autoencoder_training.frame_batches(
-                clips, stage.schedule.batch_size, stage.frames_per_clip, self.recipe.workers, first
-            )
-
         if not self.restore("autoencoder", model):
             device = self.accelerator.device
             losses = train(
                 model,
-                batches,
+                self.frames,
                 lambda batch: stage.loss(model, batch[0].to(device), batch[1].to(device)),
                 stage.schedule,
                 self.accelerator,
@@ -199,7 +231,7 @@ class Run(Folder):
             )
             self.keep("autoencoder", model.state_dict(), losses)
         model.eval()
-        scale = round(autoencoder_training.measure_scale(model, batches(0), self.accelerator), 4)
+        scale = round(autoencoder_training.measure_scale(model, self.frames(0), self.accelerator), 4)
         self.config = replace(self.config, autoencoder=replace(self.config.autoencoder, scale_factor=scale))
         model.config = self.config.autoencoder
         self.log(f"latent scale {scale}")
@@ -207,12 +239,7 @@ class Run(Folder):
 
     def preview_colours(self, autoencoder: autoencoder_training.Autoencoder) -> str:
         """The colours of latents, as a checkpoint's metadata hold them."""
-        stage = self.recipe.autoencoder
-        clips = self.clips(1 << 30, stage.frames_per_clip, self.recipe.seed + 1)
-        frames = autoencoder_training.frame_batches(
-            clips, stage.schedule.batch_size, stage.frames_per_clip, self.recipe.workers, 0
-        )
-        return json.dumps(autoencoder_training.preview_colours(autoencoder, frames, self.accelerator))
+        return json.dumps(autoencoder_training.preview_colours(autoencoder, self.frames(0), self.accelerator))
 
     def latents(self, autoencoder: autoencoder_training.Autoencoder) -> denoiser_training.Latents:
         """The recipe's clips in latent space, from the run's folder when they are there."""
@@ -284,7 +311,9 @@ def run_recipe(path: Path) -> Path:
     """
     recipe = read_recipe(path)
     torch.manual_seed(recipe.seed)
-    return train_upscaler(recipe) if isinstance(recipe, UpscalerRecipe) else train_model(recipe)
+    if isinstance(recipe, UpscalerRecipe):
+        return train_upscaler(recipe)
+    return train_adapter(recipe) if isinstance(recipe, AdapterRecipe) else train_model(recipe)
 
 
 def train_model(recipe: Recipe) -> Path:
@@ -340,5 +369,43 @@ def train_upscaler(recipe: UpscalerRecipe) -> Path:
         )
         run.keep("upscaler", model.state_dict(), losses)
     upscaler.save(output, model, recipe.title, recipe.licence, recipe.origin)
+    run.log(f"wrote {output}")
+    return output
+
+
+def train_adapter(recipe: AdapterRecipe) -> Path:
+    """A LoRA on the U-Net of a whole model, whose own weights stay as they are."""
+    output = Path(recipe.output)
+    model = checkpoint.load(recipe.checkpoint)
+    config = model.config
+    run = Folder(output.parent, recipe.precision)
+    model.to(run.accelerator.device)
+    denoiser = denoiser_training.Denoiser(model.unet, model.text_encoder).requires_grad_(False)
+    adapter = adapters.Adapter(model.unet, recipe.adapter.layers, recipe.adapter.rank, recipe.adapter.alpha)
+    adapter.to(run.accelerator.device)
+    if not run.restore("adapter", adapter):
+        clips = MovingShapes(
+            recipe.clips, config.frames, config.height, config.width, recipe.seed + 3, returns=recipe.returns
+        )
+        data = denoiser_training.encode_clips(model.autoencoder, clips, config, recipe.workers, run.accelerator)
+        losses = train(
+            adapter,
+            partial(denoiser_training.latent_batches, data, recipe.schedule.batch_size, None, 1, recipe.seed),
+            partial(
+                denoiser.loss,
+                schedule=NoiseSchedule.from_config(config.diffusion),
+                caption_dropout=recipe.caption_dropout,
+                timestep_shift=recipe.timestep_shift,
+                timestep_range=(0.0, 1.0),
+                empty=Tokenizer(pad_token(config.text), config.text.max_tokens)(""),
+            ),
+            recipe.schedule,
+            run.accelerator,
+            lambda line: run.log(f"adapter  {line}"),
+            seed=recipe.seed,
+            state_path=run.state_path("adapter"),
+        )
+        run.keep("adapter", adapter.state_dict(), losses)
+    adapters.save(output, adapter, recipe.title, recipe.licence, recipe.origin)
     run.log(f"wrote {output}")
     return output

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple, TypedDict
 
@@ -86,7 +86,8 @@ class Scene:
     """One clip, whatever its resolution and frame rate; lengths in picture heights.
 
     The shape's centre goes at constant speed from `(start_x, start_y)` in the first frame to `travel` further along
-    `direction` in the last. `size` is the radius of a circle; squares and triangles look as large as that circle.
+    `direction` in the last, or with `returns` in the middle, and back. `size` is the radius of a circle; squares and
+    triangles look as large as that circle.
     """
 
     colour: str
@@ -97,6 +98,7 @@ class Scene:
     start_x: float
     start_y: float
     travel: float
+    returns: bool = False
 
     @property
     def combination(self) -> Combination:
@@ -149,6 +151,8 @@ def object_mask(scene: Scene, num_frames: int = 16, height: int = 72, width: int
     """How much of every pixel the shape covers: `[F, H, W]` in 0..1, with an anti-aliased edge one pixel wide."""
     step_x, step_y = DIRECTIONS[scene.direction]
     moved = torch.linspace(0, scene.travel, num_frames)
+    if scene.returns:
+        moved = scene.travel - (scene.travel - 2 * moved).abs()
     centre_x = scene.start_x + step_x * moved
     centre_y = scene.start_y + step_y * moved
     x = ((torch.arange(width) + 0.5) / height - centre_x[:, None])[:, None, :]
@@ -193,6 +197,7 @@ class MovingShapes(Dataset[Clip]):
         width: int = 128,
         seed: int = 0,
         combinations: Sequence[Combination] = TRAINING,
+        returns: bool = False,
     ) -> None:
         self.num_clips = num_clips
         self.num_frames = num_frames
@@ -200,6 +205,7 @@ class MovingShapes(Dataset[Clip]):
         self.width = width
         self.seed = seed
         self.combinations = tuple(combinations)
+        self.returns = returns
 
     def __len__(self) -> int:
         return self.num_clips
@@ -209,7 +215,8 @@ class MovingShapes(Dataset[Clip]):
         lap, place = divmod(index, len(self.combinations))
         order = torch.randperm(len(self.combinations), generator=generator_for(self.seed, lap, stream=0))
         combination = self.combinations[int(order[place])]
-        return random_scene(combination, generator_for(self.seed, index, stream=1), self.width / self.height)
+        scene = random_scene(combination, generator_for(self.seed, index, stream=1), self.width / self.height)
+        return replace(scene, returns=self.returns)
 
     def __getitem__(self, index: int) -> Clip:
         if not 0 <= index < self.num_clips:
