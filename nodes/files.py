@@ -9,7 +9,7 @@ import folder_paths
 
 from ..videofactory_core.checkpoint import DEMO
 
-CHECKPOINTS, UPSCALERS = "videofactory", "upscale_models"
+CHECKPOINTS, UPSCALERS, LORAS = "videofactory", "upscale_models", "loras"
 # In every list beside the user's own files; brackets keep them apart from a file of the same name.
 BUNDLED = {
     CHECKPOINTS: {"demo [bundled]": DEMO},
@@ -22,11 +22,14 @@ def register() -> None:
     folder_paths.add_model_folder_path(CHECKPOINTS, os.path.join(folder_paths.models_dir, CHECKPOINTS))
     folders, _ = folder_paths.folder_names_and_paths[CHECKPOINTS]
     folder_paths.folder_names_and_paths[CHECKPOINTS] = (folders, {".safetensors", ".sft"})
+    # A folder more, behind the user's own, so that the host's Load LoRA offers the one for the demo.
+    folder_paths.add_model_folder_path(LORAS, str(DEMO.parent / LORAS))
 
 
 def names(kind: str) -> list[str]:
     """What a list of this kind offers."""
-    return [*BUNDLED[kind], *folder_paths.get_filename_list(kind)]
+    bundled = [name for name, path in BUNDLED[kind].items() if path.is_file()]
+    return [*bundled, *folder_paths.get_filename_list(kind)]
 
 
 def find(kind: str, name: str) -> Path:

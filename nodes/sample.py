@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+from weakref import WeakValueDictionary
 
 import comfy.context_windows
 import comfy.model_management
@@ -84,7 +86,12 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Int.Input("steps", default=25, min=1, max=1000, tooltip="More steps, finer and slower."),
                 io.Float.Input(
-                    "cfg", default=4.0, min=1.0, max=30.0, step=0.1, tooltip="How closely to follow the prompt."
+                    "cfg",
+                    default=2.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="How closely to follow the prompt: 2 suits the demo, 7 to 12 larger models.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -253,6 +260,11 @@ class ContextWindows(io.ComfyNode):
 class FrameWindows(comfy.context_windows.IndexListContextHandler):
     """The host's context windows over frames in the batch, where hosts before 0.4 fail and later ones mix prompts."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # The host computes the prompt and the negative prompt together only when they share one ControlNet object.
+        self.controls: WeakValueDictionary[tuple[int, ...], Any] = WeakValueDictionary()
+
     def set_step(self, timestep: Tensor, model_options: dict[str, Any]) -> None:
         # Every row has a sigma; they are all the same.
         sigmas = model_options["transformer_options"]["sample_sigmas"]
@@ -290,8 +302,24 @@ class FrameWindows(comfy.context_windows.IndexListContextHandler):
                 elif isinstance(getattr(value, "cond", None), Tensor):
                     conditions[key] = value._copy_with(cut(value.cond))
             kept["model_conds"] = conditions
+            if kept.get("control") is not None:
+                kept["control"] = self.control_of(kept["control"], window, length)
             resized.append(kept)
         return resized
+
+    def control_of(self, control: Any, window: Any, length: int) -> Any:
+        """The ControlNet with the pictures of a window's frames, which the host would take from the clip's start."""
+        key = (id(control), *window.index_list)
+        found = self.controls.get(key)
+        if found is None:
+            found = copy.copy(control)
+            pictures = control.cond_hint_original
+            if pictures is not None and len(pictures) == length:
+                found.cond_hint_original, found.cond_hint = pictures[window.index_list], None
+            if control.previous_controlnet is not None:
+                found.previous_controlnet = self.control_of(control.previous_controlnet, window, length)
+            self.controls[key] = found
+        return found
 
 
 NODES = [EmptyLatent, Sampler, ContextWindows]

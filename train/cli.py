@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--guidance-scale",
         type=float,
-        default=4.0,
+        default=2.0,
         metavar="G",
         help="how closely to follow the prompt; 1 is no guidance (default: %(default)s)",
     )

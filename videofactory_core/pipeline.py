@@ -81,7 +81,7 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     steps: int = 25,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 2.0,
     sampler: str = "ddim",
     seed: int = 0,
     on_step: Callable[[int, Tensor], None] | None = None,

@@ -19,7 +19,7 @@ def clip_latent(prompt: str = PROMPT, negative: str = "", frames: int = 16, clip
     settings = {
         "seed": 0,
         "steps": 25,
-        "cfg": 4.0,
+        "cfg": 2.0,
         "sampler_name": "euler",
         "scheduler": "simple",
         "denoise": 1.0,

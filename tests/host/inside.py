@@ -218,25 +218,106 @@ def controlnet(host: Any, demo: Path) -> dict[str, Any]:
     text = torch.randn(1, 77, 48)
     noise = torch.randn(4, 4, 8, 8)
 
-    def sample(strength: float | None, hints: torch.Tensor) -> Any:
+    def sample(strength: float | None, hints: torch.Tensor, model: Any = patcher, frames: slice = slice(4)) -> Any:
         told = {}
         if strength is not None:
             hinted = control.copy().set_cond_hint(hints, strength, (0.0, 1.0))
             told = {"control": hinted, "control_apply_to_uncond": True}
         conditioning = [[text, told]]
-        empty = torch.zeros_like(noise)
+        some = noise[frames]
+        empty = torch.zeros_like(some)
         return comfy.sample.sample(
-            patcher, noise, 2, 2.0, "euler", "simple", conditioning, conditioning, empty, disable_pbar=True, seed=0
+            model, some, 2, 2.0, "euler", "simple", conditioning, conditioning, empty, disable_pbar=True, seed=0
         )
 
     hints = torch.rand(4, 3, 64, 64)
     plain, off, on = sample(None, hints), sample(0.0, hints), sample(1.0, hints)
+    windows = importlib.import_module("videofactory_pack.nodes.sample").ContextWindows
+    windowed = windows.execute(patcher, length=2, overlap=0, closed_loop=False).args[0]
+    halves = [sample(1.0, hints[half], frames=half) for half in (slice(2), slice(2, 4))]
     return {
         "off": error(off, plain),
         "on": error(on, plain),
         "one hint": error(sample(1.0, hints[:1]), sample(1.0, hints[:1].expand(4, -1, -1, -1))),
         "other hints": error(sample(1.0, hints.flip(0)), on),
+        "in windows": error(sample(1.0, hints, windowed), torch.cat(halves)),
+        "by halves": error(torch.cat(halves), on),
     }
+
+
+def upscale_memory(host: Any, demo: Path) -> dict[str, Any]:
+    """How much the peak of memory rises from 8 frames to 64, beside the frames that come out, in MiB."""
+    import resource
+
+    import torch
+    from spandrel import ModelLoader
+
+    upscaler = importlib.import_module("videofactory_pack.videofactory_core.upscaler")
+    node = importlib.import_module("videofactory_pack.nodes.upscale").Upscale
+    weights = upscaler.Upscaler(upscaler.UpscalerConfig(groups=1, blocks=2, features=16)).state_dict()
+    network = ModelLoader().load_from_state_dict(weights).eval()
+    frames = torch.rand(64, 72, 128, 3)
+
+    def peak(count: int) -> float:
+        (large,) = node.execute(network, frames[:count], tile=512).args
+        assert large.shape == (count, 288, 512, 3)
+        # Kilobytes on Linux, bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+    short = peak(8)
+    return {"rise": peak(64) - short, "output": (64 - 8) * 288 * 512 * 3 * 4 / 2**20, "short": short}
+
+
+def sampling_speed(host: Any, demo: Path) -> dict[str, Any]:
+    """Seconds of the host's sampling over seconds of the core's, same steps and threads, in turn."""
+    import statistics
+    import time
+
+    import comfy.sample
+    import torch
+
+    def module(name: str) -> Any:
+        return importlib.import_module(f"videofactory_pack.videofactory_core.{name}")
+
+    model, *_ = host.load(demo)
+    core = host.checkpoint.load(demo)
+    prompt, steps = "a red circle moving right on a black background", 8
+    contexts = core.text_encoder.encode([prompt, ""])
+    conditioning = [[[context[None], {}]] for context in contexts]
+    noise = torch.randn(16, 4, 9, 16, generator=torch.Generator().manual_seed(0))
+    schedule = module("diffusion").Schedule.from_config(core.config.diffusion)
+
+    def predict(x: Any, t: Any) -> Any:
+        cond, uncond = core.unet(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
+        return module("diffusion").guide(cond, uncond, 4.0)
+
+    def ours() -> None:
+        module("sampling").sample(predict, noise.movedim(0, 1)[None], schedule, sampler="euler", steps=steps)
+
+    def hosts() -> None:
+        comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            4.0,
+            "euler",
+            "simple",
+            *conditioning,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
+
+    def seconds(run: Any) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    hosts()
+    ours()
+    pairs = [(seconds(hosts), seconds(ours)) for _ in range(7)]
+    return {"ratio": statistics.median(a / b for a, b in pairs), "seconds": [list(pair) for pair in pairs]}
 
 
 def missing_library(host: Any, demo: Path) -> dict[str, Any]:
@@ -261,7 +342,16 @@ def missing_library(host: Any, demo: Path) -> dict[str, Any]:
 
 CHECKS = {
     check.__name__: check
-    for check in (partial_load, weight_types, attention_patches, text_encoder, controlnet, missing_library)
+    for check in (
+        partial_load,
+        weight_types,
+        attention_patches,
+        text_encoder,
+        controlnet,
+        upscale_memory,
+        sampling_speed,
+        missing_library,
+    )
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ import pytest
 from comfy_server import PACK, Host
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+BLUEPRINTS = sorted((PACK / "subgraphs").glob("*.json"))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # The first start of the frontend otherwise covers the page with a tour and a list of templates.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0}
 RED = "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type)"
 QUEUE = """() => new Promise(async resolve => {
+    let previews = 0;
+    for (const kind of ['b_preview', 'b_preview_with_metadata'])
+        app.api.addEventListener(kind, () => { previews += 1; });
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
-        app.api.addEventListener(kind, event => resolve([kind, event.detail]), {once: true});
+        app.api.addEventListener(kind, event => resolve([kind, {...event.detail, previews}]), {once: true});
     await app.queuePrompt(0, 1);
     if (Object.keys(app.lastNodeErrors || {}).length) resolve(['refused', app.lastNodeErrors]);
 })"""
@@ -72,10 +77,34 @@ def test_a_workflow_opens_and_runs(page: Any, workflow: Path) -> None:
     }
     ended, told = page.evaluate(QUEUE)
     assert ended == "execution_success", told
+    assert told["previews"] > 0
     if folder := os.environ.get("VIDEOFACTORY_SCREENSHOTS"):
         page.evaluate(FIT)
         page.wait_for_timeout(1500)
         page.screenshot(path=str(Path(folder) / f"{workflow.stem}.png"))
+
+
+SHOW = """() => {
+    const shown = LiteGraph.createNode('PreviewImage');
+    app.graph.add(shown);
+    app.graph._nodes[0].connect(0, shown, 0);
+}"""
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS, ids=lambda path: path.stem)
+def test_a_blueprint_is_a_node_that_runs(host: Host, page: Any, blueprint: Path) -> None:
+    page.evaluate("graph => app.loadGraphData(graph)", json.loads(blueprint.read_text()))
+    page.wait_for_timeout(1000)
+    assert page.evaluate("() => app.graph._nodes.map(node => node.title)") == [blueprint.stem]
+    page.evaluate(SHOW)
+    assert page.evaluate(RED) == []
+    ended, told = page.evaluate(QUEUE)
+    assert ended == "execution_success", told
+    try:
+        offered = host.get("global_subgraphs")
+    except urllib.error.HTTPError:
+        pytest.skip("this host is older than blueprints")
+    assert blueprint.stem in {entry["name"] for entry in offered.values()}
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from graphs import PROMPT, Graph, clip_latent, filmed, native, node, saved
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from videofactory_core import checkpoint
+from videofactory_core import checkpoint, upscaler
 from videofactory_core.diffusion import Schedule, guide
 from videofactory_core.pipeline import generate
 from videofactory_core.sampling import sample
@@ -79,7 +81,7 @@ def core_latents(model: checkpoint.Model, seed: int = 0, steps: int = 25) -> Ten
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         cond, uncond = model.unet(torch.cat([x, x]), torch.cat([t, t]), context).chunk(2)
-        return guide(cond, uncond, 4.0)
+        return guide(cond, uncond, 2.0)
 
     schedule = Schedule.from_config(model.config.diffusion)
     made = sample(predict, rearrange(noise, "F C H W -> 1 C F H W"), schedule, sampler="euler", steps=steps)
@@ -249,7 +251,7 @@ def test_a_lora_changes_the_layer_that_it_names(host: Host, style: str) -> None:
     (plain,) = latents(host, clip_latent(steps=2), "sample")
     (changed,) = latents(host, graph(1.0), "sample")
     (without,) = latents(host, graph(0.0), "sample")
-    (again,) = latents(host, clip_latent(steps=2, seed=0, cfg=4.0), "sample")
+    (again,) = latents(host, clip_latent(steps=2, seed=0, cfg=2.0), "sample")
     assert torch.equal(without, plain)
     assert torch.equal(again, plain)
     with torch.no_grad():
@@ -323,6 +325,66 @@ def test_a_latent_of_another_family_is_refused(host: Host) -> None:
     del graph["sample"]
     with pytest.raises(Failed, match="this VAE belongs to another family"):
         host.run(graph)
+
+
+class Payload:
+    """A pickle of it writes a file when it is opened."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.write_text, (self.target, "run")
+
+
+def test_upscalers_that_cannot_be_used_are_refused_in_a_sentence(host: Host) -> None:
+    folder = host.base / "models" / "upscale_models"
+    torch.manual_seed(0)
+    double = upscaler.Upscaler(upscaler.UpscalerConfig(1, 1, 16, 4, scale=2))
+    upscaler.save(folder / "x2.safetensors", double, "x2", "MIT", "a test")
+    (folder / "broken.safetensors").write_bytes(b"no network" * 50)
+    save_file({"weight": torch.zeros(3)}, folder / "foreign.safetensors")
+    witness = host.base / "the pickle was run"
+    torch.save({"params": Payload(witness)}, folder / "evil.pth")
+    messages = {
+        "x2.safetensors": "makes pictures 2 times as large and this node is for 4 times",
+        "broken.safetensors": "broken.safetensors cannot be read",
+        "foreign.safetensors": "foreign.safetensors is no upscaling network that is known here",
+        "evil.pth": "evil.pth cannot be read",
+        "../evil.pth": "points outside of models/upscale_models",
+    }
+    for name, message in messages.items():
+        graph: Graph = {
+            "picture": node("EmptyImage", width=16, height=16, batch_size=1, color=0),
+            "load": node("VideoFactoryUpscalerLoader", upscaler=name),
+            "upscale": node("VideoFactoryUpscale", upscale_model=["load", 0], frames=["picture", 0], tile=512),
+            "show": node("PreviewImage", images=["upscale", 0]),
+        }
+        with pytest.raises(Failed, match=re.escape(message)):
+            host.run(graph)
+    assert not witness.exists()
+
+
+def test_a_damaged_workflow_is_refused_and_the_host_goes_on(host: Host) -> None:
+    graph = saved(clip_latent(steps=1), "sample")
+    damaged = [
+        {**graph, "sample": {"class_type": "VideoFactorySampler"}},
+        {**graph, "sample": {**graph["sample"], "inputs": {**graph["sample"]["inputs"], "model": ["nowhere", 0]}}},
+        {**graph, "sample": {**graph["sample"], "inputs": {**graph["sample"]["inputs"], "positive": ["load", 0]}}},
+        {**graph, "sample": {**graph["sample"], "inputs": {**graph["sample"]["inputs"], "steps": "many"}}},
+    ]
+    for case in damaged:
+        with pytest.raises((Failed, urllib.error.HTTPError)):
+            host.run(case)
+    host.run(graph)
+
+
+def test_a_compiled_model_gives_the_same(host: Host) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("for tests of compiled models install a C++ compiler")
+    (plain,) = latents(host, clip_latent(steps=2), "sample")
+    (compiled,) = latents(host, with_patch(clip_latent(steps=2), "TorchCompileModel", backend="inductor"), "sample")
+    assert relative_error(compiled, plain) <= 1e-4
 
 
 def test_a_file_that_vanishes_before_its_turn_is_named(host: Host) -> None:
@@ -408,7 +470,7 @@ def test_custom_sampling_gives_the_same(host: Host) -> None:
     graph = clip_latent(steps=4)
     (plain,) = latents(host, graph, "sample")
     graph["noise"] = node("RandomNoise", noise_seed=0)
-    graph["guider"] = node("CFGGuider", model=["load", 0], positive=["write", 0], negative=["write", 1], cfg=4.0)
+    graph["guider"] = node("CFGGuider", model=["load", 0], positive=["write", 0], negative=["write", 1], cfg=2.0)
     graph["sampler"] = node("KSamplerSelect", sampler_name="euler")
     graph["sigmas"] = node("BasicScheduler", model=["load", 0], scheduler="simple", steps=4, denoise=1.0)
     graph["custom"] = node(
