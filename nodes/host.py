@@ -32,7 +32,7 @@ from ..videofactory_core.config import AutoencoderConfig, ModelConfig, TextConfi
 from ..videofactory_core.text import END_TOKEN, START_TOKEN, pad_token
 from ..videofactory_core.unet.attention import CrossAttention
 from ..videofactory_core.unet.conditioning import Hooks
-from ..videofactory_core.unet.model import VideoUNet
+from ..videofactory_core.unet.model import NO_HOOKS, VideoUNet
 
 # What our sampler tells the model for one run: `motion_scale`, `swap_strength`.
 OPTIONS = "videofactory"
@@ -142,6 +142,11 @@ class HostHooks(Hooks):
             )
         return h + feature
 
+    def idle(self) -> bool:
+        """Whether nobody in the graph wants to be asked."""
+        override = self.options.get("optimized_attention_override")
+        return not (self.patches or self.replacements or self.control or override)
+
     def sees_text_attention(self) -> bool:
         """Whether someone looks at attention on the text, and counts on one row a frame."""
         return bool(
@@ -193,7 +198,9 @@ class HostUNet(VideoUNet):
         **_: Any,
     ) -> Tensor:
         transformer_options["original_shape"] = list(x.shape)
-        hooks = HostHooks(self.config, transformer_options, control or {})
+        asked = HostHooks(self.config, transformer_options, control or {})
+        # Without them the network compiles as a whole.
+        hooks = NO_HOOKS if asked.idle() else asked
         ours = transformer_options.get(OPTIONS, {})
         strengths = {name: float(ours[name]) for name in ("motion_scale", "swap_strength") if name in ours}
         if x.ndim == 5:
@@ -210,7 +217,7 @@ class HostUNet(VideoUNet):
         clips = rearrange(x, "(B F) C H W -> B C F H W", F=num_frames)
         timesteps = rearrange(timesteps, "(B F) -> B F", F=num_frames)
         context = rearrange(context, "(B F) L D -> B F L D", F=num_frames)
-        if not hooks.sees_text_attention() and torch.equal(context, context[:, :1].expand_as(context)):
+        if not asked.sees_text_attention() and torch.equal(context, context[:, :1].expand_as(context)):
             # The host repeats a prompt for every frame; its keys and values are needed once.
             context = context[:, 0]
         out = super().forward(clips, timesteps, context, hooks=hooks, **strengths)

@@ -379,14 +379,6 @@ def test_a_damaged_workflow_is_refused_and_the_host_goes_on(host: Host) -> None:
     host.run(graph)
 
 
-def test_a_compiled_model_gives_the_same(host: Host) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("for tests of compiled models install a C++ compiler")
-    (plain,) = latents(host, clip_latent(steps=2), "sample")
-    (compiled,) = latents(host, with_patch(clip_latent(steps=2), "TorchCompileModel", backend="inductor"), "sample")
-    assert relative_error(compiled, plain) <= 1e-4
-
-
 def test_a_file_that_vanishes_before_its_turn_is_named(host: Host) -> None:
     copy = host.base / "models" / "videofactory" / "vanishing.safetensors"
     shutil.copy(checkpoint.DEMO, copy)
