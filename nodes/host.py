@@ -199,7 +199,6 @@ class HostUNet(VideoUNet):
     ) -> Tensor:
         transformer_options["original_shape"] = list(x.shape)
         asked = HostHooks(self.config, transformer_options, control or {})
-        # Without them the network compiles as a whole.
         hooks = NO_HOOKS if asked.idle() else asked
         ours = transformer_options.get(OPTIONS, {})
         strengths = {name: float(ours[name]) for name in ("motion_scale", "swap_strength") if name in ours}

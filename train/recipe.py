@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -193,6 +193,30 @@ class Folder:
         """Where a stage under way keeps its state."""
         return self.folder / f"{name}.state.safetensors"
 
+    def train(
+        self,
+        name: str,
+        module: nn.Module,
+        batches: Callable[[int], Iterator[Any]],
+        loss: Callable[[Any], torch.Tensor],
+        schedule: Schedule,
+        seed: int,
+    ) -> None:
+        """Train `module` and keep it, or restore it when an earlier start has finished this stage."""
+        if self.restore(name, module):
+            return
+        losses = train(
+            module,
+            batches,
+            loss,
+            schedule,
+            self.accelerator,
+            lambda line: self.log(f"{name}  {line}"),
+            seed=seed,
+            state_path=self.state_path(name),
+        )
+        self.keep(name, module.state_dict(), losses)
+
 
 class Run(Folder):
     """A recipe for a whole model at work."""
@@ -217,19 +241,15 @@ class Run(Folder):
         """The autoencoder, trained or restored, with the latent scale measured from it in `self.config`."""
         stage = self.recipe.autoencoder
         model = autoencoder_training.Autoencoder(self.config.autoencoder).to(self.accelerator.device)
-        if not self.restore("autoencoder", model):
-            device = self.accelerator.device
-            losses = train(
-                model,
-                self.frames,
-                lambda batch: stage.loss(model, batch[0].to(device), batch[1].to(device)),
-                stage.schedule,
-                self.accelerator,
-                lambda line: self.log(f"autoencoder  {line}"),
-                seed=self.recipe.seed,
-                state_path=self.state_path("autoencoder"),
-            )
-            self.keep("autoencoder", model.state_dict(), losses)
+        device = self.accelerator.device
+        self.train(
+            "autoencoder",
+            model,
+            self.frames,
+            lambda batch: stage.loss(model, batch[0].to(device), batch[1].to(device)),
+            stage.schedule,
+            self.recipe.seed,
+        )
         model.eval()
         scale = round(autoencoder_training.measure_scale(model, self.frames(0), self.accelerator), 4)
         self.config = replace(self.config, autoencoder=replace(self.config.autoencoder, scale_factor=scale))
@@ -273,32 +293,28 @@ class Run(Folder):
                     raise ValueError(f"stage {name} cannot follow the one before it: it lacks {unknown[0]!r}")
             model.to(self.accelerator.device)
             model.text_encoder.requires_grad_(not stage.freeze_text)
-            if not self.restore(name, model):
-                losses = train(
-                    model,
-                    partial(
-                        denoiser_training.latent_batches,
-                        data,
-                        stage.schedule.batch_size,
-                        max(1, round(stage.opening * data.latents.shape[2])) if stage.kind == "images" else None,
-                        stage.frame_stride,
-                        self.recipe.seed + 1000 + number,
-                    ),
-                    partial(
-                        model.loss,
-                        schedule=schedule,
-                        caption_dropout=stage.caption_dropout,
-                        timestep_shift=stage.timestep_shift,
-                        timestep_range=stage.timestep_range,
-                        empty=empty,
-                    ),
-                    stage.schedule,
-                    self.accelerator,
-                    lambda line, name=name: self.log(f"{name}  {line}"),  # type: ignore[misc]
-                    seed=self.recipe.seed + number,
-                    state_path=self.state_path(name),
-                )
-                self.keep(name, model.state_dict(), losses)
+            self.train(
+                name,
+                model,
+                partial(
+                    denoiser_training.latent_batches,
+                    data,
+                    stage.schedule.batch_size,
+                    max(1, round(stage.opening * data.latents.shape[2])) if stage.kind == "images" else None,
+                    stage.frame_stride,
+                    self.recipe.seed + 1000 + number,
+                ),
+                partial(
+                    model.loss,
+                    schedule=schedule,
+                    caption_dropout=stage.caption_dropout,
+                    timestep_shift=stage.timestep_shift,
+                    timestep_range=stage.timestep_range,
+                    empty=empty,
+                ),
+                stage.schedule,
+                self.recipe.seed + number,
+            )
             before = model
         assert before is not None
         return before
@@ -348,26 +364,22 @@ def train_upscaler(recipe: UpscalerRecipe) -> Path:
     model = upscaler.Upscaler(recipe.upscaler).to(run.accelerator.device)
     clips = MovingShapes(1 << 30, config.frames, config.height, config.width, recipe.seed + 2)
     pairs = upscaler_training.ScenePairs(clips, recipe.upscaler.scale)
-    if not run.restore("upscaler", model):
-        losses = train(
-            model,
-            partial(
-                upscaler_training.patch_batches,
-                pairs,
-                source.autoencoder,
-                recipe.schedule.batch_size,
-                recipe.patch,
-                recipe.workers,
-                recipe.seed,
-            ),
-            partial(upscaler_training.loss, model),
-            recipe.schedule,
-            run.accelerator,
-            lambda line: run.log(f"upscaler  {line}"),
-            seed=recipe.seed,
-            state_path=run.state_path("upscaler"),
-        )
-        run.keep("upscaler", model.state_dict(), losses)
+    run.train(
+        "upscaler",
+        model,
+        partial(
+            upscaler_training.patch_batches,
+            pairs,
+            source.autoencoder,
+            recipe.schedule.batch_size,
+            recipe.patch,
+            recipe.workers,
+            recipe.seed,
+        ),
+        partial(upscaler_training.loss, model),
+        recipe.schedule,
+        recipe.seed,
+    )
     upscaler.save(output, model, recipe.title, recipe.licence, recipe.origin)
     run.log(f"wrote {output}")
     return output
@@ -383,29 +395,29 @@ def train_adapter(recipe: AdapterRecipe) -> Path:
     denoiser = denoiser_training.Denoiser(model.unet, model.text_encoder).requires_grad_(False)
     adapter = adapters.Adapter(model.unet, recipe.adapter.layers, recipe.adapter.rank, recipe.adapter.alpha)
     adapter.to(run.accelerator.device)
-    if not run.restore("adapter", adapter):
-        clips = MovingShapes(
-            recipe.clips, config.frames, config.height, config.width, recipe.seed + 3, returns=recipe.returns
-        )
+    clips = MovingShapes(
+        recipe.clips, config.frames, config.height, config.width, recipe.seed + 3, returns=recipe.returns
+    )
+
+    def batches(first: int) -> Iterator[denoiser_training.Latents]:
         data = denoiser_training.encode_clips(model.autoencoder, clips, config, recipe.workers, run.accelerator)
-        losses = train(
-            adapter,
-            partial(denoiser_training.latent_batches, data, recipe.schedule.batch_size, None, 1, recipe.seed),
-            partial(
-                denoiser.loss,
-                schedule=NoiseSchedule.from_config(config.diffusion),
-                caption_dropout=recipe.caption_dropout,
-                timestep_shift=recipe.timestep_shift,
-                timestep_range=(0.0, 1.0),
-                empty=Tokenizer(pad_token(config.text), config.text.max_tokens)(""),
-            ),
-            recipe.schedule,
-            run.accelerator,
-            lambda line: run.log(f"adapter  {line}"),
-            seed=recipe.seed,
-            state_path=run.state_path("adapter"),
-        )
-        run.keep("adapter", adapter.state_dict(), losses)
+        return denoiser_training.latent_batches(data, recipe.schedule.batch_size, None, 1, recipe.seed, first)
+
+    run.train(
+        "adapter",
+        adapter,
+        batches,
+        partial(
+            denoiser.loss,
+            schedule=NoiseSchedule.from_config(config.diffusion),
+            caption_dropout=recipe.caption_dropout,
+            timestep_shift=recipe.timestep_shift,
+            timestep_range=(0.0, 1.0),
+            empty=Tokenizer(pad_token(config.text), config.text.max_tokens)(""),
+        ),
+        recipe.schedule,
+        recipe.seed,
+    )
     adapters.save(output, adapter, recipe.title, recipe.licence, recipe.origin)
     run.log(f"wrote {output}")
     return output

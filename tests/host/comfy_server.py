@@ -15,20 +15,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from videofactory_core.checkpoint import DEMO
-
 PACK = Path(__file__).parent.parent.parent
 HOW_TO_GET_A_HOST = (
     "no ComfyUI was found: set COMFYUI_PATH to its folder (several are separated like PATH), and COMFYUI_PYTHON to its"
     " interpreter where that is not its venv's"
 )
-
-
-def reason_to_skip() -> str | None:
-    """Why nothing can be tested on a host here, or None."""
-    if not host_folders():
-        return HOW_TO_GET_A_HOST
-    return None if DEMO.is_file() else "the demo model is not in this version yet"
 
 
 def host_folders() -> list[Path]:
