@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import write
+from .checkpoint import modelspec, write
 from .ops import zeroed
 
 # The name of the U-Net in a file, as the host's own reader expects it.
@@ -68,12 +68,5 @@ class Adapter(nn.Module):
 
 def save(path: str | os.PathLike[str], adapter: Adapter, title: str, licence: str, origin: str) -> None:
     """Write `adapter` in half precision; raises what `checkpoint.write` raises."""
-    strings = {
-        "format": "videofactory-lora",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "videofactory-v1/lora",
-        "modelspec.title": title,
-        "modelspec.license": licence,
-        "origin": origin,
-    }
+    strings = {"format": "videofactory-lora", **modelspec("videofactory-v1/lora", title, licence, origin)}
     write(path, adapter.tensors(), strings, torch.float16)

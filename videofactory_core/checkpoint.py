@@ -165,8 +165,19 @@ def _write(file: Any, tensors: Mapping[str, Tensor], strings: Mapping[str, str],
         file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
+def modelspec(architecture: str, title: str, licence: str, origin: str) -> dict[str, str]:
+    """What every file that we write says of itself, in the keys of Stability AI's ModelSpec 1.0.0, and its origin."""
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.title": title,
+        "modelspec.license": licence,
+        "origin": origin,
+    }
+
+
 def _header_strings(config: ModelConfig, metadata: Metadata) -> dict[str, str]:
-    """The header's metadata: our own keys, and Stability AI's ModelSpec 1.0.0 for other programs."""
+    """The header's metadata: our own keys, and those that other programs read."""
     velocity = config.diffusion.prediction_type == "v_prediction"
     strings = {
         **metadata.other,
@@ -174,12 +185,13 @@ def _header_strings(config: ModelConfig, metadata: Metadata) -> dict[str, str]:
         "format_version": str(FORMAT_VERSION),
         "config": to_json(config),
         "licence": metadata.licence,
-        "origin": metadata.origin,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"videofactory-v{FORMAT_VERSION}" + ("-v" if velocity else ""),
+        **modelspec(
+            f"videofactory-v{FORMAT_VERSION}" + ("-v" if velocity else ""),
+            metadata.title,
+            metadata.licence,
+            metadata.origin,
+        ),
         "modelspec.implementation": "videofactory",
-        "modelspec.title": metadata.title,
-        "modelspec.license": metadata.licence,
         "modelspec.resolution": f"{config.width}x{config.height}",
         "modelspec.prediction_type": "v" if velocity else "epsilon",
         "modelspec.usage_hint": f"{config.frames} frames of {config.width}x{config.height} at {config.fps:g} a second",

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, read_header, write
+from .checkpoint import CheckpointError, modelspec, read_header, write
 
 # What the authors subtract from pictures in 0..1 before, and add after, when a file has the keys for it.
 MEAN = (0.4488, 0.4371, 0.4040)
@@ -163,9 +163,6 @@ def save(path: str | os.PathLike[str], model: Upscaler, title: str, licence: str
     strings = {
         "format": "videofactory-upscaler",
         "sizes": json.dumps(vars(model.config)),
-        "modelspec.title": title,
-        "modelspec.architecture": "rcan",
-        "modelspec.license": licence,
-        "origin": origin,
+        **modelspec("rcan", title, licence, origin),
     }
     write(path, model.state_dict(), strings, torch.float16)

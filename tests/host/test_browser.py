@@ -51,6 +51,7 @@ def page(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             executable_path=browser,
             headless=True,
             viewport={"width": 1600, "height": 900},
+            device_scale_factor=2,
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
         )
         page = context.pages[0]
