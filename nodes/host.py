@@ -27,7 +27,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..videofactory_core import checkpoint
+from ..videofactory_core import checkpoint, ops
 from ..videofactory_core.config import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
 from ..videofactory_core.text import END_TOKEN, START_TOKEN, pad_token
 from ..videofactory_core.unet.attention import CrossAttention
@@ -53,6 +53,9 @@ def host_attention(least: torch.dtype | None) -> Callable[..., Tensor]:
     """The host's attention behind the core's interface."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+        if q.device.type == "cpu":
+            # The host's choice for CPUs is from before PyTorch had a fused one, slower, and cannot be compiled.
+            return ops.attention(q, k, v, heads, mask)
         if mask is not None:
             # The host's backends agree on what is added to the scores, not on what a boolean mask means.
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
@@ -98,6 +101,7 @@ class HostHooks(Hooks):
         if replace is not None:
             out = replace(q, k, v, told)
         else:
+            # Patches count on how the host's attention folds its rows, so here it is the host's on every device.
             out = optimized_attention(
                 q, k, v, layer.heads, attn_precision=precision(self.config), transformer_options=self.options
             )

@@ -320,6 +320,21 @@ def sampling_speed(host: Any, demo: Path) -> dict[str, Any]:
     return {"ratio": statistics.median(a / b for a, b in pairs), "seconds": [list(pair) for pair in pairs]}
 
 
+def compiled(host: Any, demo: Path) -> dict[str, Any]:
+    """What the host's Torch Compile does, without a code generator: graphs traced, and errors of three steps."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from torch._dynamo.utils import counters
+
+    model, *_ = host.load(demo)
+    steps = [{**inputs(), "t": inputs()["t"] - i} for i in range(3)]
+    expected = [model.model.apply_model(**step) for step in steps]
+    patched = model.clone()
+    set_torch_compile_wrapper(model=patched, backend="eager")
+    found = [patched.model.apply_model(**step, transformer_options={"wrappers": patched.wrappers}) for step in steps]
+    graphs = counters["stats"]["unique_graphs"]
+    return {"graphs": graphs, "errors": [error(*pair) for pair in zip(found, expected, strict=True)]}
+
+
 def missing_library(host: Any, demo: Path) -> dict[str, Any]:
     """The pack where one of the host's libraries cannot be imported."""
     import asyncio
@@ -350,6 +365,7 @@ CHECKS = {
         controlnet,
         upscale_memory,
         sampling_speed,
+        compiled,
         missing_library,
     )
 }

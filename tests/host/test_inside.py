@@ -56,6 +56,13 @@ def test_attention_patches_see_every_place_and_every_frame(inside: Any) -> None:
     assert {"n_heads", "dim_head", "attn_precision", "original_shape", "block"} <= set(found["keys"])
 
 
+def test_a_compiled_model_is_whole_and_gives_the_same(inside: Any) -> None:
+    found = inside("compiled")
+    # One graph asks whether all frames have the same prompt, the other is the network.
+    assert found["graphs"] == 2
+    assert max(found["errors"]) <= 1e-6
+
+
 def test_the_hosts_text_encoder_is_the_cores(inside: Any) -> None:
     assert max(inside("text_encoder")["errors"]) <= 1e-5
 
