@@ -275,6 +275,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"merge": "fuse"},
     {"merge": "mixture"},
     {"fusion": "add"},
+    {"temporal_conv": False, "temporal_attention_behind": "blocks", "transformer_depth": (1, 0), "merge": "add"},
+    {"temporal_middle": False},
     {"fusion": "add", "merge": "add", "temporal_attention_in": True},
     {"temporal_conv": False},
     {"temporal_attention": False},

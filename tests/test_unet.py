@@ -88,7 +88,8 @@ def test_merge_with_zero_output_is_addition(merge: str) -> None:
 
 @pytest.mark.parametrize(("length", "place"), [(0, "attention"), (32, "attention"), (32, "input")])
 def test_only_positions_tell_attention_which_frame_is_which(length: int, place: str) -> None:
-    layer = TemporalTransformer(8, 8, 2, 4, "clip", place if length else None, nn, ops.attention)
+    config = replace(DEBUG, temporal_positions=length, position_place=place)
+    layer = TemporalTransformer(8, 8, 2, config, nn, ops.attention)
     randomise(layer)
     x = torch.randn(5, 8, 3, 4, generator=torch.Generator().manual_seed(0))
     turned = layer(x.flip(0), 5).flip(0)

@@ -11,6 +11,7 @@ Merge = Literal["swap", "add", "fuse", "window_self", "mixture", "sparse_causal"
 Query = Literal["swapped", "spatial", "temporal"]
 NormScope = Literal["clip", "frame"]
 PositionPlace = Literal["attention", "input"]
+TemporalPlace = Literal["transformers", "blocks"]
 PredictionType = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["scaled_linear", "linear"]
 
@@ -19,7 +20,7 @@ MAX_DIMENSION = 1 << 17
 
 
 # Counts that may be zero, where zero means that the thing is absent.
-MAY_BE_ZERO = {"head_dim", "num_heads", "temporal_positions", "transformer_depth", "skip_last_layers"}
+MAY_BE_ZERO = {"head_dim", "num_heads", "temporal_heads", "temporal_positions", "transformer_depth", "skip_last_layers"}
 
 
 def _check_sizes(config: Any) -> None:
@@ -59,6 +60,12 @@ class UNetConfig:
     temporal_attention: bool = True
     # A temporal transformer behind the very first convolution, as in ModelScope.
     temporal_attention_in: bool = False
+    # Temporal transformers stand behind the spatial ones; in AnimateDiff also behind ResBlocks that have none behind.
+    temporal_attention_behind: TemporalPlace = "transformers"
+    # Whether there are temporal modules in the middle; AnimateDiff's versions 1 and 3 have none there.
+    temporal_middle: bool = True
+    # Heads of the temporal transformers; 0 is as many as the spatial ones have.
+    temporal_heads: int = 0
     # Longest clip with sinusoidal frame positions in the temporal transformers; 0 is none.
     temporal_positions: int = 0
     # Added for each attention (AnimateDiff), or once to what enters: then the feed-forward sees the time too, without
@@ -84,8 +91,11 @@ class UNetConfig:
         if self.model_channels % self.norm_groups:
             raise ValueError("model_channels must be a multiple of norm_groups")
         for channels in (self.model_channels * m for m in self.channel_mult):
-            if channels % self.heads(channels):
-                raise ValueError(f"{channels} channels do not divide into {self.heads(channels)} attention heads")
+            for heads in (self.heads(channels), self.temporal_heads or 1):
+                if channels % heads:
+                    raise ValueError(f"{channels} channels do not divide into {heads} attention heads")
+        if self.temporal_conv and self.temporal_attention_behind == "blocks":
+            raise ValueError("behind a ResBlock stands a temporal convolution or temporal attention, not both")
 
     @property
     def positions(self) -> PositionPlace | None:

@@ -210,13 +210,18 @@ def _detect_unet(shapes: Shapes) -> dict[str, Any]:
         "transformer_depth": tuple(level[1] for level in levels),
         "context_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         "use_linear_in_transformer": len(shapes["middle_block.1.proj_in.weight"]) == 2,
-        "temporal_conv": "middle_block.0.temporal.convs.0.weight" in shapes,
-        "temporal_attention": "middle_block.1.temporal.proj_in.weight" in shapes,
+        "temporal_conv": "input_blocks.1.0.temporal.convs.0.weight" in shapes,
+        "temporal_attention": any(name.endswith(".temporal.proj_in.weight") for name in shapes),
         "temporal_attention_in": "input_blocks.0.1.proj_in.weight" in shapes,
     }
-    inside = "middle_block.0" if told["temporal_conv"] else "middle_block.1"
+    if told["temporal_attention"]:
+        behind_blocks = any(name.endswith(".0.temporal.proj_in.weight") for name in shapes)
+        told["temporal_attention_behind"] = "blocks" if behind_blocks else "transformers"
     if told["temporal_conv"] or told["temporal_attention"]:
-        told["fusion"] = "fuse" if f"{inside}.merge.conv.weight" in shapes else "add"
+        told["temporal_middle"] = any(name.startswith("middle_block.") and ".temporal." in name for name in shapes)
+        # Neither the middle nor the first decoder block is the end of a level, where another merge may stand.
+        inside = re.compile(r"(middle_block|output_blocks\.0)\.[\d.]+\.merge\.conv\.weight")
+        told["fusion"] = "fuse" if any(map(inside.fullmatch, shapes)) else "add"
     if told["temporal_conv"] and len(levels) > 1:
         told["temporal_skips"] = any(".temporal_skip." in name for name in shapes)
     # Which attention it is leaves no trace in shapes: the paper's own is assumed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from einops import rearrange, repeat
@@ -73,11 +74,7 @@ class VideoUNet(nn.Module):
         first: list[nn.Module] = [ops.Conv2d(config.in_channels, widths[0], 3, padding=1)]
         if config.temporal_attention_in:
             inner = 8 * (config.head_dim or widths[0] // 8)
-            first.append(
-                TemporalTransformer(
-                    widths[0], inner, 8, config.norm_groups, config.temporal_norm, config.positions, ops, attention
-                )
-            )
+            first.append(TemporalTransformer(widths[0], inner, 8, config, ops, attention))
         self.input_blocks = nn.ModuleList([Block(*first)])
         skips, channels = [widths[0]], widths[0]
         for level, width in enumerate(widths):
@@ -87,7 +84,7 @@ class VideoUNet(nn.Module):
                 end = level if last else None
                 skip_from = channels if level and i == 0 else 0
                 layers: list[nn.Module] = [
-                    ResBlock(channels, width, config, ops, attention, skip_from, None if depth else end)
+                    ResBlock(channels, width, config, ops, attention, not depth, skip_from, None if depth else end)
                 ]
                 if depth:
                     layers.append(SpatialTransformer(width, depth, config, ops, attention, end))
@@ -98,10 +95,11 @@ class VideoUNet(nn.Module):
                 self.input_blocks.append(Block(Downsample(channels, ops)))
                 skips.append(channels)
 
+        middle = config if config.temporal_middle else replace(config, temporal_conv=False, temporal_attention=False)
         self.middle_block = Block(
-            ResBlock(channels, channels, config, ops, attention),
-            SpatialTransformer(channels, max(1, max(config.transformer_depth)), config, ops, attention),
-            ResBlock(channels, channels, config, ops, attention),
+            ResBlock(channels, channels, middle, ops, attention),
+            SpatialTransformer(channels, max(1, max(config.transformer_depth)), middle, ops, attention),
+            ResBlock(channels, channels, middle, ops, attention),
         )
 
         self.output_blocks = nn.ModuleList()
@@ -111,8 +109,9 @@ class VideoUNet(nn.Module):
                 last = i == config.num_res_blocks
                 end = levels + (levels - 1 - level) if last else None
                 skip_from = channels if level < levels - 1 and i == 0 else 0
+                channels += skips.pop()
                 layers = [
-                    ResBlock(channels + skips.pop(), width, config, ops, attention, skip_from, None if depth else end)
+                    ResBlock(channels, width, config, ops, attention, not depth, skip_from, None if depth else end)
                 ]
                 if depth:
                     layers.append(SpatialTransformer(width, depth, config, ops, attention, end))

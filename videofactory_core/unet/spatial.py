@@ -15,7 +15,7 @@ from ..ops import Attention, Operations, zeroed
 from .attention import CrossAttention, FeedForward
 from .conditioning import Conditioning
 from .swap_attention import build_merge
-from .temporal import TemporalConv, TemporalTransformer
+from .temporal import TemporalConv, TemporalTransformer, temporal_transformer
 
 
 class TemporalSkip(nn.Module):
@@ -30,9 +30,9 @@ class TemporalSkip(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the time step in between, then a temporal convolution stack.
+    """Two convolutions with the time step in between, then a temporal convolution stack, or attention over time.
 
-    `skip_from` is the width of the temporal feature that comes across a resampling, 0 for none; `end` counts block ends
+    `alone` is a ResBlock without a transformer behind it. `skip_from` is the width of the temporal feature that comes across a resampling, 0 for none; `end` counts block ends
     (see `build_merge`).
     """
 
@@ -43,6 +43,7 @@ class ResBlock(nn.Module):
         config: UNetConfig,
         ops: Operations,
         attention: Attention,
+        alone: bool = False,
         skip_from: int = 0,
         end: int | None = None,
     ) -> None:
@@ -57,7 +58,11 @@ class ResBlock(nn.Module):
             ops.GroupNorm(groups, channels), nn.SiLU(), nn.Identity(), ops.Conv2d(channels, channels, 3, padding=1)
         )
         self.skip_connection = ops.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
-        self.temporal = TemporalConv(channels, groups, ops) if config.temporal_conv else None
+        self.temporal: TemporalConv | TemporalTransformer | None = None
+        if config.temporal_conv:
+            self.temporal = TemporalConv(channels, groups, ops)
+        elif alone and config.temporal_attention and config.temporal_attention_behind == "blocks":
+            self.temporal = temporal_transformer(channels, config, ops, attention)
         carries = skip_from > 0 and config.temporal_conv and config.temporal_skips
         self.temporal_skip = TemporalSkip(skip_from, channels, ops) if carries else None
         self.merge = build_merge(config, channels, end, ops, attention) if self.temporal is not None else None
@@ -110,7 +115,7 @@ class SpatialTransformer(nn.Module):
         end: int | None = None,
     ) -> None:
         super().__init__()
-        groups, heads = config.norm_groups, config.heads(channels)
+        groups = config.norm_groups
         self.linear = config.use_linear_in_transformer
         self.norm = ops.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = ops.Linear(channels, channels) if self.linear else ops.Conv2d(channels, channels, 1)
@@ -121,9 +126,7 @@ class SpatialTransformer(nn.Module):
         self.temporal: TemporalTransformer | None = None
         self.merge: nn.Module | None = None
         if config.temporal_attention:
-            self.temporal = TemporalTransformer(
-                channels, channels, heads, groups, config.temporal_norm, config.positions, ops, attention
-            )
+            self.temporal = temporal_transformer(channels, config, ops, attention)
             self.merge = build_merge(config, channels, end, ops, attention)
 
     def spatial(self, x: Tensor, cond: Conditioning) -> Tensor:

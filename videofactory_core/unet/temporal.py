@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import NormScope, PositionPlace
+from ..config import PositionPlace, UNetConfig
 from ..ops import Attention, Operations, zeroed
 from .attention import CrossAttention, FeedForward
 
@@ -71,24 +71,18 @@ class TemporalTransformerBlock(nn.Module):
 
 
 class TemporalTransformer(nn.Module):
-    """Attention over F for each (H, W), between a linear layer in and a zero-initialised one out."""
+    """Attention over F for each (H, W), `inner` channels wide, between linear layers; the last one starts at zero."""
 
     def __init__(
-        self,
-        channels: int,
-        inner: int,
-        heads: int,
-        norm_groups: int,
-        norm_scope: NormScope,
-        positions: PositionPlace | None,
-        ops: Operations,
-        attention: Attention,
+        self, channels: int, inner: int, heads: int, config: UNetConfig, ops: Operations, attention: Attention
     ) -> None:
         super().__init__()
-        self.norm_scope = norm_scope
-        self.norm = ops.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.norm_scope = config.temporal_norm
+        self.norm = ops.GroupNorm(config.norm_groups, channels, eps=1e-6)
         self.proj_in = ops.Linear(channels, inner)
-        self.transformer_blocks = nn.ModuleList([TemporalTransformerBlock(inner, heads, positions, ops, attention)])
+        self.transformer_blocks = nn.ModuleList(
+            [TemporalTransformerBlock(inner, heads, config.positions, ops, attention)]
+        )
         self.proj_out = zeroed(ops.Linear(inner, channels))
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
@@ -104,3 +98,10 @@ class TemporalTransformer(nn.Module):
             x = block(x)
         x = rearrange(self.proj_out(x), "(B N) F C -> (B F) N C", B=batch)
         return rearrange(x, "B (H W) C -> B C H W", H=height)
+
+
+def temporal_transformer(channels: int, config: UNetConfig, ops: Operations, attention: Attention) -> TemporalTransformer:
+    """The temporal transformer that belongs to a spatial layer of `channels`."""
+    return TemporalTransformer(
+        channels, channels, config.temporal_heads or config.heads(channels), config, ops, attention
+    )
