@@ -20,6 +20,7 @@ LIBRARIES = {
         "safetensors",
         "numpy",
         "accelerate",
+        "huggingface_hub",
         "tqdm",
         "tomli",
         "videofactory_core",

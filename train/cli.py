@@ -18,6 +18,8 @@ examples:
   videofactory generate "a blue square moving up on a white background" --seed 7 --out square.gif
   videofactory inspect model.safetensors
   videofactory train train/recipes/demo.toml
+  videofactory fetch animatediff-v3
+  videofactory convert --base sd15.safetensors --motion v3_sd15_mm.ckpt --out clip15.safetensors
 """
 
 
@@ -80,6 +82,39 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     inspect.set_defaults(run=run_inspect)
+
+    convert = commands.add_parser(
+        "convert",
+        help="make a model from public weights",
+        description="Make a VideoFactory model from Stable Diffusion, ModelScope, ZeroScope and AnimateDiff weights.",
+    )
+    convert.add_argument("--base", type=Path, required=True, help="image or video model: a file, or a diffusers folder")
+    convert.add_argument("--motion", type=Path, help="AnimateDiff motion module: a file or a folder")
+    convert.add_argument("--text-encoder", type=Path, metavar="FILE", help="where the base has none, or another")
+    convert.add_argument("--vae", type=Path, metavar="FILE", help="where the base has none, or another")
+    convert.add_argument(
+        "--swap-ca",
+        action=argparse.BooleanOptionalAction,
+        help="end blocks with Swap-Attention, to be trained (default: where the base has no motion)",
+    )
+    convert.add_argument(
+        "--prediction-type", choices=["epsilon", "v_prediction"], help="needed for single files of Stable Diffusion 2"
+    )
+    convert.add_argument("--frames", type=int, default=16, help="length that it was trained on (default: %(default)s)")
+    convert.add_argument("--size", type=size, metavar="WxH", help="size that it was trained on (default: by its kind)")
+    convert.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="(default: %(default)s)")
+    convert.add_argument("--out", type=Path, required=True, help=".safetensors file to write")
+    convert.set_defaults(run=run_convert)
+
+    fetch = commands.add_parser("fetch", help="get a known public weight", description="Get a known public weight.")
+    fetch.add_argument("name", nargs="?", metavar="NAME", help="which one (without it, they are listed)")
+    fetch.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="a ComfyUI models folder (default: that of COMFYUI_PATH, else ~/comfy/ComfyUI/models, else models)",
+    )
+    fetch.set_defaults(run=run_fetch)
 
     train = commands.add_parser("train", help="train a model", description="Train what a recipe (TOML) says.")
     train.add_argument("recipe", type=Path)
@@ -192,3 +227,54 @@ def run_train(options: argparse.Namespace) -> None:
     from .recipe import run_recipe
 
     print(run_recipe(options.recipe))
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Public weights to one checkpoint."""
+    import torch
+    from tqdm import tqdm
+
+    from videofactory_core.convert import convert
+
+    sources = (options.base, options.motion, options.text_encoder, options.vae)
+    if options.out.suffix != ".safetensors":
+        raise ValueError(f"{options.out} would be a checkpoint of another kind: end its name with .safetensors")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"the folder {options.out.parent} does not exist: make it first")
+    if any(path is not None and path.resolve() == options.out.resolve() for path in sources):
+        raise ValueError(f"{options.out} is one of the sources: choose another name for the result")
+    made = convert(
+        options.base,
+        options.motion,
+        options.text_encoder,
+        options.vae,
+        swap_attention=options.swap_ca,
+        prediction_type=options.prediction_type,
+        frames=options.frames,
+        size=options.size,
+    )
+    if made.note:
+        print(f"videofactory: {made.note}", file=sys.stderr)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    with tqdm(desc=options.out.name, unit="tensor") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update()
+
+        made.save(options.out, dtype, show)
+    print(options.out)
+
+
+def run_fetch(options: argparse.Namespace) -> None:
+    """Get a public weight, or list those that there are."""
+    from .fetch import fetch, find, models_folder, read_table
+
+    if options.name is None:
+        for weight in read_table().values():
+            print(f"{weight.name:<22}{weight.gigabytes:>6.2f} GB  {weight.licence:<26}{weight.title}")
+        return
+    weight = find(options.name)
+    print(weight.notice, flush=True)
+    for path in fetch(weight, options.to or models_folder()):
+        print(path)

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,13 @@ class Metadata:
     date: str | None = None
     other: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def notice(self) -> str:
+        """What whoever uses these weights has to know: a licence that, by its name, forbids commercial use; or ""."""
+        if re.search(r"\bNC\b|non-?commercial", self.licence, re.IGNORECASE):
+            return f"These weights are for non-commercial use only ({self.licence})."
+        return ""
+
 
 @dataclass
 class Model:
@@ -115,7 +122,7 @@ def save(path: str | os.PathLike[str], model: Model, metadata: Metadata, dtype: 
         for part, module in model.parts().items()
         for name, tensor in module.state_dict().items()
     }
-    write(path, tensors, _header_strings(model.config, metadata), dtype)
+    write(path, tensors, header_strings(model.config, metadata), dtype)
 
 
 def write(
@@ -123,16 +130,18 @@ def write(
     tensors: Mapping[str, Tensor],
     strings: Mapping[str, str],
     dtype: torch.dtype | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write `tensors`, cast to `dtype` (None: as they are), and `strings` as metadata; equal input gives equal bytes.
 
+    With `read`, which is called once for each key, `tensors` may be on "meta", so that one is in memory at a time.
     The file appears whole or not at all. Raises OSError when the disk does not take it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write(file, tensors, strings, dtype)
+            _write(file, tensors, strings, dtype, read or tensors.__getitem__)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -145,7 +154,13 @@ def write(
         raise
 
 
-def _write(file: Any, tensors: Mapping[str, Tensor], strings: Mapping[str, str], dtype: torch.dtype | None) -> None:
+def _write(
+    file: Any,
+    tensors: Mapping[str, Tensor],
+    strings: Mapping[str, str],
+    dtype: torch.dtype | None,
+    read: Callable[[str], Tensor],
+) -> None:
     """The safetensors format by hand: the library's writer orders metadata at random, and holds all tensors at once."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(strings.items()))}
     # Wide types first, so that every tensor stays aligned to its type.
@@ -161,7 +176,7 @@ def _write(file: Any, tensors: Mapping[str, Tensor], strings: Mapping[str, str],
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for key in order:
-        tensor = tensors[key].detach().to("cpu", dtype or tensors[key].dtype).contiguous()
+        tensor = read(key).detach().to("cpu", dtype or tensors[key].dtype).contiguous()
         file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
@@ -176,7 +191,7 @@ def modelspec(architecture: str, title: str, licence: str, origin: str) -> dict[
     }
 
 
-def _header_strings(config: ModelConfig, metadata: Metadata) -> dict[str, str]:
+def header_strings(config: ModelConfig, metadata: Metadata) -> dict[str, str]:
     """The header's metadata: our own keys, and those that other programs read."""
     velocity = config.diffusion.prediction_type == "v_prediction"
     strings = {
@@ -222,7 +237,7 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     metadata: Metadata
-    # What had to be assumed because the file's metadata is gone, or nothing.
+    # What had to be assumed because the file's metadata is gone, and what the licence forbids; or nothing.
     note: str
     # For each part the names of its state dict and their keys in the file.
     keys: dict[str, dict[str, str]]
@@ -252,13 +267,15 @@ def check(path: str | os.PathLike[str]) -> tuple[Checkpoint, Model]:
     config, note = _read_config(header, path)
     model = _skeleton(config, header, path)
     _compare(model, header).check(path)
-    return Checkpoint(path, config, _read_metadata(header.metadata, path), note, keys_by_part(header.shapes)), model
+    metadata = _read_metadata(header.metadata, path)
+    note = " ".join(filter(None, (note, metadata.notice)))
+    return Checkpoint(path, config, metadata, note, keys_by_part(header.shapes)), model
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """Read a checkpoint onto `device` as `dtype`, in eval mode; raises what `check` raises.
 
-    Warns of what had to be assumed about a file whose metadata is gone.
+    Warns of what had to be assumed about a file whose metadata is gone, and of a licence that forbids commercial use.
     """
     file, model = check(path)
     if file.note:
@@ -273,7 +290,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Keys, shapes, types and metadata of a safetensors file, without its tensors; CheckpointError for any other."""
     path = Path(path)
-    if _container(path) == "pickle":
+    if container(path) == "pickle":
         raise CheckpointError(
             f"{path} is a pickle, a format that can run code when it is opened; convert it to .safetensors first"
         )
@@ -299,7 +316,7 @@ def pack_header(config: ModelConfig, metadata: Metadata) -> Tensor:
 
     Saved under `KEPT_HEADER` it is found again when the metadata is gone.
     """
-    text = json.dumps(_header_strings(config, metadata), sort_keys=True).encode()
+    text = json.dumps(header_strings(config, metadata), sort_keys=True).encode()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
@@ -324,7 +341,7 @@ def _unpack(packed: Any) -> dict[str, str]:
     return strings if plain else {}
 
 
-def _container(path: Path) -> str:
+def container(path: Path) -> str:
     """By its first bytes a file is "safetensors" or "pickle"; anything else raises CheckpointError."""
     try:
         status = path.stat()
@@ -506,16 +523,16 @@ def explain(path: str | os.PathLike[str]) -> Explanation:
     A pickle is opened by PyTorch's restricted reader, which runs no code, and only to name it.
     """
     path = Path(path)
-    container = _container(path)
+    kept_in = container(path)
     notes = []
-    if container == "pickle":
+    if kept_in == "pickle":
         header, note = _read_pickle(path)
         notes += [note]
     else:
         header = read_header(path)
     kind = identify(header.shapes)
     config, differences, loadable = None, Differences(), False
-    if container == "safetensors" and FORMAT in (header.metadata.get("format"), kind.name):
+    if kept_in == "safetensors" and FORMAT in (header.metadata.get("format"), kind.name):
         kind = next(kind for kind in KINDS if kind.name == FORMAT)
         try:
             config, note = _read_config(header, path)
@@ -530,7 +547,7 @@ def explain(path: str | os.PathLike[str]) -> Explanation:
     has_diffusers_keys = any("down_blocks." in key for key in header.shapes)
     return Explanation(
         path=str(path),
-        container=container,
+        container=kept_in,
         kind=kind.name,
         description=kind.description,
         use=kind.use,
@@ -550,24 +567,36 @@ def explain(path: str | os.PathLike[str]) -> Explanation:
 def _read_pickle(path: Path) -> tuple[Header, str]:
     """Keys and shapes of a pickle, as far as they can be had without running it, and a note."""
     note = "It is a pickle, a format that can run code when it is opened; convert it to .safetensors before use."
-    empty = Header({}, {}, {})
-    # PyTorch's restricted reader could be tricked with its older formats before 2.6.
+    try:
+        tensors = open_pickle(path, "meta")
+    except CheckpointError as error:
+        return Header({}, {}, {}), f"{note} It was not opened: {error}."
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = {key: DTYPES.get(tensor.dtype, str(tensor.dtype)) for key, tensor in tensors.items()}
+    return Header(shapes, dtypes, {}), note
+
+
+def open_pickle(path: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of a pickle by PyTorch's restricted reader, which runs no code: on "cpu" as windows onto the file.
+
+    On "meta" they are shapes and types alone. Raises CheckpointError for a pickle that holds anything else.
+    """
+    # The restricted reader could be tricked with PyTorch's older formats before 2.6.
     with path.open("rb") as file:
         if file.read(2) != b"PK":
-            return empty, note + " It was not opened, because its format is too old to be read safely."
+            raise CheckpointError(f"{path} is a pickle of a format too old to be read safely; get a .safetensors file")
     try:
-        data = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except Exception:  # the reader meets hostile input with exceptions of many kinds
-        return empty, note + " It was not opened, because it holds more than tensors or is damaged."
+        data = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # the reader meets hostile input with exceptions of many kinds
+        raise CheckpointError(
+            f"{path} is a pickle that holds more than tensors or is damaged; get a .safetensors file"
+        ) from error
     tables = [data, *data.values()] if isinstance(data, dict) else []
-    tensors = max(
+    return max(
         ({str(k): v for k, v in table.items() if isinstance(v, Tensor)} for table in tables if isinstance(table, dict)),
         key=len,
         default={},
     )
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    dtypes = {key: DTYPES.get(tensor.dtype, str(tensor.dtype)) for key, tensor in tensors.items()}
-    return Header(shapes, dtypes, {}), note
 
 
 def _parts(header: Header) -> tuple[Part, ...]:

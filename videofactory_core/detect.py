@@ -118,9 +118,9 @@ def infer_config(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[ModelConf
         raise ValueError(f"there is no {' and no '.join(absent)} in this file; get the whole checkpoint")
     try:
         told = {
-            "unet": _detect_unet(parts["unet"]),
-            "autoencoder": _detect_autoencoder(parts["autoencoder"]),
-            "text": _detect_text(parts["text_encoder"]),
+            "unet": detect_unet(parts["unet"]),
+            "autoencoder": detect_autoencoder(parts["autoencoder"]),
+            "text": detect_text(parts["text_encoder"]),
         }
         config, source = _complete(told)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -178,12 +178,13 @@ def _assumptions(config: ModelConfig, told: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def _count(shapes: Mapping[str, Any], pattern: str) -> int:
+def count(shapes: Mapping[str, Any], pattern: str) -> int:
     """How many keys `pattern.format(0)`, `pattern.format(1)` and so on there are."""
     return next(i for i in itertools.count() if pattern.format(i) not in shapes)
 
 
-def _detect_unet(shapes: Shapes) -> dict[str, Any]:
+def detect_unet(shapes: Shapes) -> dict[str, Any]:
+    """The sizes and the video parts of a U-Net in our names; LookupError when it is none."""
     model_channels = shapes["time_embed.0.weight"][1]
     # Of each level: width, depth of its transformers, number of ResBlocks, name of its last layer.
     levels: list[tuple[int, int, int, str]] = []
@@ -193,13 +194,14 @@ def _detect_unet(shapes: Shapes) -> dict[str, Any]:
         block = f"input_blocks.{n}"
         if f"{block}.0.out_layers.3.weight" in shapes:
             width = shapes[f"{block}.0.out_layers.3.weight"][0]
-            depth = _count(shapes, block + ".1.transformer_blocks.{}.norm1.weight")
+            depth = count(shapes, block + ".1.transformer_blocks.{}.norm1.weight")
             blocks += 1
             last = f"{block}.{1 if depth else 0}"
             continue
         levels.append((width, depth, blocks, last))
         blocks = 0
-        if f"{block}.0.op.weight" not in shapes:
+        # ModelScope's files have no number there.
+        if not {f"{block}.0.op.weight", f"{block}.op.weight"} & shapes.keys():
             break
     told: dict[str, Any] = {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
@@ -232,23 +234,25 @@ def _detect_unet(shapes: Shapes) -> dict[str, Any]:
     return told
 
 
-def _detect_autoencoder(shapes: Shapes) -> dict[str, Any]:
+def detect_autoencoder(shapes: Shapes) -> dict[str, Any]:
+    """The sizes of an autoencoder in our names; LookupError when it is none."""
     channels, in_channels = shapes["encoder.conv_in.weight"][:2]
-    levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
+    levels = count(shapes, "encoder.down.{}.block.0.conv1.weight")
     return {
         "in_channels": in_channels,
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "channels": channels,
         "channel_mult": tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // channels for i in range(levels)),
-        "num_res_blocks": _count(shapes, "encoder.down.0.block.{}.conv1.weight"),
+        "num_res_blocks": count(shapes, "encoder.down.0.block.{}.conv1.weight"),
     }
 
 
-def _detect_text(shapes: Shapes) -> dict[str, Any]:
+def detect_text(shapes: Shapes) -> dict[str, Any]:
+    """The sizes of a CLIP text encoder in our names; LookupError when it is none."""
     vocab_size, width = shapes["text_model.embeddings.token_embedding.weight"]
     return {
         "width": width,
-        "layers": _count(shapes, "text_model.encoder.layers.{}.layer_norm1.weight"),
+        "layers": count(shapes, "text_model.encoder.layers.{}.layer_norm1.weight"),
         "max_tokens": shapes["text_model.embeddings.position_embedding.weight"][0],
         "vocab_size": vocab_size,
     }
