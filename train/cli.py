@@ -76,6 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--batch", type=int, default=1, metavar="N", help="clips to make, with seeds counting up (default: 1)"
     )
+    generate.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to merge into the model first; may be repeated (default strength: 1)",
+    )
     generate.set_defaults(run=run_generate)
 
     inspect = commands.add_parser("inspect", help="say what a model file is", description="Say what a model file is.")
@@ -106,6 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", type=Path, required=True, help=".safetensors file to write")
     convert.set_defaults(run=run_convert)
 
+    merge = commands.add_parser("merge", help="merge LoRAs into a model file", description="Merge LoRAs into a model.")
+    merge.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="model to change")
+    merge.add_argument(
+        "--lora", type=lora, action="append", required=True, metavar="FILE[:STRENGTH]", help="LoRA; may be repeated"
+    )
+    merge.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write")
+    merge.set_defaults(run=run_merge)
+
     fetch = commands.add_parser("fetch", help="get a known public weight", description="Get a known public weight.")
     fetch.add_argument("name", nargs="?", metavar="NAME", help="which one (without it, they are listed)")
     fetch.add_argument(
@@ -128,6 +144,12 @@ def size(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"write the size as WIDTHxHEIGHT, for example 128x72, not {text!r}")
     return int(match[1]), int(match[2])
+
+
+def lora(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:STRENGTH`."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
 
 
 def output_files(options: argparse.Namespace) -> list[Path]:
@@ -160,7 +182,7 @@ def run_generate(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from videofactory_core import checkpoint
+    from videofactory_core import adapters, checkpoint
     from videofactory_core.pipeline import generate
     from videofactory_core.video import check_fps, write_video
 
@@ -170,7 +192,10 @@ def run_generate(options: argparse.Namespace) -> None:
     except RuntimeError as error:
         raise ValueError(f"there is no device {options.device!r}; try cpu, cuda or mps") from error
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+    loras = [(adapters.read(file), strength) for file, strength in options.lora]
     model = checkpoint.load(path, device=device, dtype=dtype)
+    for change, strength in loras:
+        adapters.merge(model, change, strength)
     width, height = options.size or (model.config.width, model.config.height)
     num_frames = model.config.frames if options.frames is None else options.frames
     fps = model.config.fps if options.fps is None else options.fps
@@ -191,7 +216,13 @@ def run_generate(options: argparse.Namespace) -> None:
         }
         with tqdm(total=options.steps, desc=file.name, unit="step") as bar:
             frames = generate(model, **request, on_step=lambda *_, bar=bar: bar.update())  # type: ignore[misc]
-        settings = {**request, "fps": fps, "checkpoint": Path(path).name, "title": model.metadata.title}
+        settings = {
+            **request,
+            "fps": fps,
+            "checkpoint": Path(path).name,
+            "title": model.metadata.title,
+            "loras": [f"{change.path.name}:{strength:g}" for change, strength in loras],
+        }
         write_video(file, frames, fps, {"videofactory": json.dumps(settings, ensure_ascii=False)})
         print(file)
 
@@ -263,6 +294,21 @@ def run_convert(options: argparse.Namespace) -> None:
             bar.update()
 
         made.save(options.out, dtype, show)
+    print(options.out)
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    """A checkpoint with LoRAs in its weights, in the types that it is stored in."""
+    from videofactory_core import adapters, checkpoint
+
+    loras = [(adapters.read(file), strength) for file, strength in options.lora]
+    inputs = (options.checkpoint, *(file for file, _ in options.lora))
+    if any(options.out.resolve() == file.resolve() for file in inputs):
+        raise ValueError(f"{options.out} is one of the files to merge; name another file to write")
+    model = checkpoint.load(options.checkpoint, dtype=None)
+    for change, strength in loras:
+        adapters.merge(model, change, strength)
+    checkpoint.save(options.out, model, model.metadata)
     print(options.out)
 
 

@@ -272,8 +272,10 @@ def check(path: str | os.PathLike[str]) -> tuple[Checkpoint, Model]:
     return Checkpoint(path, config, metadata, note, keys_by_part(header.shapes)), model
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Read a checkpoint onto `device` as `dtype`, in eval mode; raises what `check` raises.
+def load(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> Model:
+    """Read a checkpoint onto `device` as `dtype` (None: as it is stored), in eval mode; raises what `check` raises.
 
     Warns of what had to be assumed about a file whose metadata is gone, and of a licence that forbids commercial use.
     """

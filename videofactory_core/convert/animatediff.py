@@ -32,16 +32,22 @@ def is_original(shapes: Shapes) -> bool:
     return any(".temporal_transformer." in name for name in shapes)
 
 
+def motion_modules(config: UNetConfig) -> dict[str, str]:
+    """Our temporal transformers and diffusers' names of the motion modules that stand there."""
+    return {
+        f"{place.transformer or place.resnet}.temporal": f"{place.stage}.motion_modules.{place.number}"
+        for place in places(config)
+        # The middle has two ResBlocks and one motion module.
+        if place.resnet != "middle_block.2"
+    }
+
+
 def table(config: UNetConfig, shapes: Shapes) -> dict[str, str]:
     """The motion modules in the authors' files or diffusers' `MotionAdapter`, whichever names `shapes` have."""
+    if not is_original(shapes):
+        return motion_modules(config)
     found = {}
-    for place in places(config):
-        if place.resnet == "middle_block.2":
-            continue
-        ours, theirs = f"{place.motion()}.temporal", f"{place.stage}.motion_modules.{place.number}"
-        if not is_original(shapes):
-            found[ours] = theirs
-            continue
+    for ours, theirs in motion_modules(config).items():
         theirs += ".temporal_transformer"
         found[ours] = theirs
         found |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in ORIGINAL_INNER.items()}

@@ -44,10 +44,6 @@ class Place(NamedTuple):
     stage: str
     number: int
 
-    def motion(self) -> str:
-        """What a motion module of this place stands behind."""
-        return self.transformer or self.resnet
-
 
 def places(config: UNetConfig) -> Iterator[Place]:
     """Every ResBlock in the order of the forward pass."""

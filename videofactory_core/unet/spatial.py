@@ -32,8 +32,8 @@ class TemporalSkip(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions with the time step in between, then a temporal convolution stack, or attention over time.
 
-    `alone` is a ResBlock without a transformer behind it. `skip_from` is the width of the temporal feature that comes across a resampling, 0 for none; `end` counts block ends
-    (see `build_merge`).
+    `alone` is a ResBlock without a transformer behind it. `skip_from` is the width of the temporal feature that comes
+    across a resampling, 0 for none; `end` counts block ends (see `build_merge`).
     """
 
     def __init__(

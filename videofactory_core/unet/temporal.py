@@ -100,7 +100,9 @@ class TemporalTransformer(nn.Module):
         return rearrange(x, "B (H W) C -> B C H W", H=height)
 
 
-def temporal_transformer(channels: int, config: UNetConfig, ops: Operations, attention: Attention) -> TemporalTransformer:
+def temporal_transformer(
+    channels: int, config: UNetConfig, ops: Operations, attention: Attention
+) -> TemporalTransformer:
     """The temporal transformer that belongs to a spatial layer of `channels`."""
     return TemporalTransformer(
         channels, channels, config.temporal_heads or config.heads(channels), config, ops, attention
