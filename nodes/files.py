@@ -10,6 +10,8 @@ import folder_paths
 from ..videofactory_core.checkpoint import DEMO
 
 CHECKPOINTS, UPSCALERS, LORAS = "videofactory", "upscale_models", "loras"
+# Public weights that become a model when they are loaded.
+IMAGE_MODELS, MOTION_MODULES = "checkpoints", "animatediff_models"
 # In every list beside the user's own files; brackets keep them apart from a file of the same name.
 BUNDLED = {
     CHECKPOINTS: {"demo [bundled]": DEMO},
@@ -22,20 +24,26 @@ def register() -> None:
     folder_paths.add_model_folder_path(CHECKPOINTS, os.path.join(folder_paths.models_dir, CHECKPOINTS))
     folders, _ = folder_paths.folder_names_and_paths[CHECKPOINTS]
     folder_paths.folder_names_and_paths[CHECKPOINTS] = (folders, {".safetensors", ".sft"})
+    if MOTION_MODULES not in folder_paths.folder_names_and_paths:
+        # No other pack has registered the folder.
+        folder_paths.add_model_folder_path(MOTION_MODULES, os.path.join(folder_paths.models_dir, MOTION_MODULES))
+        folders, _ = folder_paths.folder_names_and_paths[MOTION_MODULES]
+        folder_paths.folder_names_and_paths[MOTION_MODULES] = (folders, folder_paths.supported_pt_extensions)
     # A folder more, behind the user's own, so that the host's Load LoRA offers the one for the demo.
     folder_paths.add_model_folder_path(LORAS, str(DEMO.parent / LORAS))
 
 
 def names(kind: str) -> list[str]:
     """What a list of this kind offers."""
-    bundled = [name for name, path in BUNDLED[kind].items() if path.is_file()]
+    bundled = [name for name, path in BUNDLED.get(kind, {}).items() if path.is_file()]
     return [*bundled, *folder_paths.get_filename_list(kind)]
 
 
 def find(kind: str, name: str) -> Path:
     """The file behind a name of the list; ValueError for a name that leaves the folder or a file that is gone."""
-    if name in BUNDLED[kind]:
-        return BUNDLED[kind][name]
+    bundled = BUNDLED.get(kind, {})
+    if name in bundled:
+        return bundled[name]
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
         raise ValueError(f"{name} points outside of models/{kind}: choose a file of the list")

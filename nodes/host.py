@@ -6,10 +6,8 @@ is the only place that folds and unfolds them. Latents `[B, C, F, H, W]` are und
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import comfy.conds
 import comfy.latent_formats
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 from ..videofactory_core import checkpoint, ops
 from ..videofactory_core.config import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from ..videofactory_core.convert import Conversion
 from ..videofactory_core.text import END_TOKEN, START_TOKEN, pad_token
 from ..videofactory_core.unet.attention import CrossAttention
 from ..videofactory_core.unet.conditioning import Hooks
@@ -325,15 +324,16 @@ def latent_format(config: ModelConfig, metadata: checkpoint.Metadata) -> Any:
     return latents
 
 
-def load(path: Path) -> tuple[Any, Any, Any, checkpoint.Checkpoint]:
-    """MODEL, CLIP and VAE of a checkpoint, and what is known about it; raises CheckpointError."""
-    file, _ = checkpoint.check(path)
-    if file.note:
-        logging.warning("VideoFactory: %s", file.note)
-    return load_model(file), load_text_encoder(file), load_autoencoder(file), file
+# A checkpoint, or public weights that read like one.
+ModelFile: TypeAlias = checkpoint.Checkpoint | Conversion
 
 
-def load_model(file: checkpoint.Checkpoint) -> Any:
+def load(file: ModelFile) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE; raises CheckpointError when the file breaks meanwhile."""
+    return load_model(file), load_text_encoder(file), load_autoencoder(file)
+
+
+def load_model(file: ModelFile) -> Any:
     weights = file.read("unet")
     config = HostConfig(file.config, file.metadata)
     parameters = comfy.utils.calculate_parameters(weights)
@@ -411,7 +411,7 @@ def text_target(config: TextConfig) -> HostTarget:
     return HostTarget(Tokenizer, Model)
 
 
-def load_text_encoder(file: checkpoint.Checkpoint) -> Any:
+def load_text_encoder(file: ModelFile) -> Any:
     weights = file.read("text_encoder")
     clip = comfy.sd.CLIP(
         text_target(file.config.text),
@@ -425,7 +425,7 @@ def load_text_encoder(file: checkpoint.Checkpoint) -> Any:
     return clip
 
 
-def load_autoencoder(file: checkpoint.Checkpoint) -> Any:
+def load_autoencoder(file: ModelFile) -> Any:
     config: AutoencoderConfig = file.config.autoencoder
     sizes = {
         "double_z": True,

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import comfy.utils
 from comfy_api.v0_0_2 import io
 from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 
+from ..videofactory_core import checkpoint as checkpoints
+from ..videofactory_core.convert import convert
 from . import files, host
 
 CATEGORY = "VideoFactory"
+# In the list of checkpoints behind the names of image models.
+IMAGE_MODEL = f" [{files.IMAGE_MODELS}]"
+NO_MOTION = "none"
+BY_THE_FILE = "by the file"
+
+
+def place(checkpoint: str) -> tuple[str, str]:
+    """The folder kind and the name in it that an entry of the list of checkpoints stands for."""
+    if checkpoint.endswith(IMAGE_MODEL):
+        return files.IMAGE_MODELS, checkpoint.removesuffix(IMAGE_MODEL)
+    return files.CHECKPOINTS, checkpoint
+
+
+def open_file(path: Path, motion: Path | None, image_model: bool, prediction_type: str) -> host.ModelFile:
+    """A checkpoint of ours, or an image model that becomes one, with or without a motion module."""
+    if image_model:
+        told: Any = None if prediction_type == BY_THE_FILE else prediction_type
+        return convert(path, motion, temporal=False, prediction_type=told)
+    if motion is not None:
+        raise ValueError(
+            f"{path.name} has its own motion: set motion to {NO_MOTION}, or choose an image model of models/"
+            f"{files.IMAGE_MODELS}"
+        )
+    return checkpoints.check(path)[0]
 
 
 class LoadVideoFactory(io.ComfyNode):
@@ -20,12 +48,29 @@ class LoadVideoFactory(io.ComfyNode):
             node_id="VideoFactoryLoader",
             display_name="Load VideoFactory",
             category=CATEGORY,
-            description="Opens a VideoFactory checkpoint. The demo that comes with the pack is always in the list.",
+            description="Opens a VideoFactory checkpoint, or a Stable Diffusion model with a motion module.",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=files.names(files.CHECKPOINTS),
-                    tooltip="A file of models/videofactory, or the bundled demo of moving shapes.",
+                    options=[
+                        *files.names(files.CHECKPOINTS),
+                        *(f"{name}{IMAGE_MODEL}" for name in files.names(files.IMAGE_MODELS)),
+                    ],
+                    tooltip="A file of models/videofactory, the bundled demo of moving shapes, or an image model.",
+                ),
+                io.Combo.Input(
+                    "motion",
+                    options=[NO_MOTION, *files.names(files.MOTION_MODULES)],
+                    default=NO_MOTION,
+                    optional=True,
+                    tooltip="For an image model: an AnimateDiff motion module of models/animatediff_models.",
+                ),
+                io.Combo.Input(
+                    "prediction_type",
+                    options=[BY_THE_FILE, "epsilon", "v_prediction"],
+                    default=BY_THE_FILE,
+                    optional=True,
+                    tooltip="For Stable Diffusion 2 alone: epsilon for 2.1-base, v_prediction for 2.1 at 768 pixels.",
                 ),
             ],
             outputs=[
@@ -37,16 +82,25 @@ class LoadVideoFactory(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str) -> bool | str:
-        return files.refusal(files.CHECKPOINTS, checkpoint)
+    def validate_inputs(cls, checkpoint: str, motion: str = NO_MOTION) -> bool | str:
+        found = files.refusal(*place(checkpoint))
+        return found if found is not True or motion == NO_MOTION else files.refusal(files.MOTION_MODULES, motion)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str) -> str:
-        return files.state(files.CHECKPOINTS, checkpoint)
+    def fingerprint_inputs(
+        cls, checkpoint: str, motion: str = NO_MOTION, prediction_type: str = BY_THE_FILE
+    ) -> tuple[str, ...]:
+        moving = "" if motion == NO_MOTION else files.state(files.MOTION_MODULES, motion)
+        return files.state(*place(checkpoint)), moving, prediction_type
 
     @classmethod
-    def execute(cls, checkpoint: str) -> io.NodeOutput:
-        model, clip, vae, file = host.load(files.find(files.CHECKPOINTS, checkpoint))
+    def execute(cls, checkpoint: str, motion: str = NO_MOTION, prediction_type: str = BY_THE_FILE) -> io.NodeOutput:
+        kind, name = place(checkpoint)
+        moving = None if motion == NO_MOTION else files.find(files.MOTION_MODULES, motion)
+        file = open_file(files.find(kind, name), moving, kind == files.IMAGE_MODELS, prediction_type)
+        if file.note:
+            logging.warning("VideoFactory: %s", file.note)
+        model, clip, vae = host.load(file)
         config = file.config
         info = (
             f"{file.metadata.title}: {config.frames} frames of {config.width} x {config.height}"

@@ -594,7 +594,7 @@ def test_what_cannot_be_converted_is_said_in_a_sentence(tmp_path: Path, parts: d
 
 def test_what_no_file_tells_has_to_be_said(tmp_path: Path, parts: dict[str, Path]) -> None:
     base = write(tmp_path / "base", tensors(image_unet(SD2)), "file")
-    with pytest.raises(ValueError, match="does not say what it predicts: add --prediction-type"):
+    with pytest.raises(ValueError, match="does not say what it predicts: set the prediction type"):
         convert(base, **parts)
 
 

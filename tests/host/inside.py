@@ -55,7 +55,7 @@ def partial_load(host: Any, demo: Path) -> dict[str, Any]:
     """The network with most weights waiting elsewhere, patches and all, against the whole one."""
     import torch
 
-    model, *_ = host.load(demo)
+    model, *_ = host.load(host.checkpoint.check(demo)[0])
     key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     shape = model.model.state_dict()[key].shape
     patch = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -103,7 +103,7 @@ def weight_types(host: Any, demo: Path) -> dict[str, Any]:
 
 def attention_patches(host: Any, demo: Path) -> dict[str, Any]:
     """Patches that hand everything on unchanged, and what they saw; then one that does not."""
-    model, *_ = host.load(demo)
+    model, *_ = host.load(host.checkpoint.check(demo)[0])
     plain = model.model.apply_model(**inputs())
     seen: dict[str, Any] = {}
 
@@ -149,7 +149,7 @@ def attention_patches(host: Any, demo: Path) -> dict[str, Any]:
 
 def text_encoder(host: Any, demo: Path) -> dict[str, Any]:
     """The host's text encoder and tokenizer against the core's."""
-    _, clip, _, _ = host.load(demo)
+    _, clip, _ = host.load(host.checkpoint.check(demo)[0])
     core = host.checkpoint.load(demo)
     prompts = ["", "a red circle moving right on a black background", "Two  Words, it's 42!", "word " * 100]
     errors = []
@@ -194,7 +194,7 @@ def controlnet(host: Any, demo: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
         host.checkpoint.save(path, model, model.metadata)
-        patcher, *_ = host.load(path)
+        patcher, *_ = host.load(host.checkpoint.check(path)[0])
 
     network = comfy.cldm.cldm.ControlNet(
         image_size=32,
@@ -280,7 +280,7 @@ def sampling_speed(host: Any, demo: Path) -> dict[str, Any]:
     def module(name: str) -> Any:
         return importlib.import_module(f"videofactory_pack.videofactory_core.{name}")
 
-    model, *_ = host.load(demo)
+    model, *_ = host.load(host.checkpoint.check(demo)[0])
     core = host.checkpoint.load(demo)
     prompt, steps = "a red circle moving right on a black background", 8
     contexts = core.text_encoder.encode([prompt, ""])
@@ -325,7 +325,7 @@ def compiled(host: Any, demo: Path) -> dict[str, Any]:
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from torch._dynamo.utils import counters
 
-    model, *_ = host.load(demo)
+    model, *_ = host.load(host.checkpoint.check(demo)[0])
     steps = [{**inputs(), "t": inputs()["t"] - i} for i in range(3)]
     expected = [model.model.apply_model(**step) for step in steps]
     patched = model.clone()

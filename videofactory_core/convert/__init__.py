@@ -190,7 +190,7 @@ def convert(
     for part, option in OPTIONS.items():
         if part not in sources:
             name = part.replace("_", " ")
-            raise CheckpointError(f"{base} has no {name}: add one with {option}")
+            raise CheckpointError(f"{base} has no {name}: add one with {option} of videofactory convert")
 
     moving = sources["unet"] if motion is None else open_source(motion)
     unet, tables, kind = _unet(base, sources["unet"], moving, motion, temporal, swap_attention)
@@ -429,8 +429,8 @@ def _diffusion(
     )
     if told not in names:
         raise ValueError(
-            f"{base} does not say what it predicts: add --prediction-type epsilon (2.1-base and most fine-tunes of it)"
-            " or v_prediction (2.1 for 768 pixels)"
+            f"{base} does not say what it predicts: set the prediction type, epsilon for 2.1-base and most fine-tunes"
+            " of it, v_prediction for 2.1 at 768 pixels"
         )
     # AnimateDiff was trained with another schedule than the image model under it.
     schedule = "linear" if kind.video == "animatediff" else settings.get("beta_schedule", "scaled_linear")
