@@ -12,6 +12,7 @@ BENCHMARKS = {
     "demo": ("demo", "report"),
     "command": ("command", "report"),
     "gpu": ("gpu", "report"),
+    "convert": ("convert", "report"),
 }
 
 if len(sys.argv) != 2 or sys.argv[1] not in BENCHMARKS:

@@ -557,7 +557,7 @@ BAD: dict[str, tuple[Bad, str]] = {
     "inpainting": (inpainting, "takes 9 channels: choose one that is not made for inpainting"),
     "only an autoencoder": (
         lambda folder, parts: {"base": parts["autoencoder"]},
-        "is an autoencoder alone and has no unet: choose",
+        "is an autoencoder alone and has no U-Net: choose",
     ),
     "no autoencoder": (lambda folder, parts: {"autoencoder": None}, "has no autoencoder: add one with --vae"),
     "no text encoder": (
@@ -571,7 +571,7 @@ BAD: dict[str, tuple[Bad, str]] = {
     "an empty folder": (lambda folder, parts: {"base": folder / "empty"}, "has no weights"),
     "no file": (lambda folder, parts: {"base": folder / "nothing.safetensors"}, "does not exist"),
     "learned frame positions": (foreign_positions, "is no sinusoid of the frame number"),
-    "tensors left over": (leftover, r"has 1 tensors that no part of the network takes \(gate.weight\)"),
+    "tensors left over": (leftover, r"has 1 tensor \(gate.weight\) that no part of the network takes"),
     "a gap": (gap, "lacks mid_block.resnets.1.conv1.weight"),
 }
 

@@ -427,21 +427,21 @@ class Differences:
         """CheckpointError unless all is empty."""
         if self.missing:
             raise CheckpointError(
-                f"{path} lacks {_listing(self.missing)}; it is a part of a model or damaged, get the whole checkpoint"
+                f"{path} lacks {listing(self.missing)}; it is a part of a model or damaged, get the whole checkpoint"
             )
         if self.extra:
             raise CheckpointError(
-                f"{path} has {_listing(self.extra)} that its configuration does not know; convert it again from its "
+                f"{path} has {listing(self.extra)} that its configuration does not know; convert it again from its "
                 "source"
             )
         if self.mismatched:
             raise CheckpointError(
-                f"{path} does not fit its configuration in {_listing(self.mismatched)}; convert it again from its "
-                "source"
+                f"{path} does not fit its configuration in {listing(self.mismatched)}; convert it again from its source"
             )
 
 
-def _listing(items: tuple[str, ...]) -> str:
+def listing(items: tuple[str, ...]) -> str:
+    """How many tensors, and the names of the first three."""
     tensors = "1 tensor" if len(items) == 1 else f"{len(items)} tensors"
     return f"{tensors} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
 

@@ -135,5 +135,5 @@ def test_what_does_not_go_together_is_said(host: Host) -> None:
     with pytest.raises(Failed, match="has its own motion: set motion to none"):
         latents(host, graph(MOTION, "demo [bundled]"), "sample")
     save_file({"a": torch.ones(2)}, host.base / "models" / "checkpoints" / "other.safetensors")
-    with pytest.raises(Failed, match="is a file of unknown kind and has no unet: choose another file"):
+    with pytest.raises(Failed, match="is a file of unknown kind and has no U-Net: choose another file"):
         latents(host, graph("none", "other.safetensors [checkpoints]"), "sample")

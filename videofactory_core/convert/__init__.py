@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..checkpoint import CheckpointError, Metadata, Model
+from ..checkpoint import CheckpointError, Metadata, Model, listing
 from ..config import (
     PRESETS,
     AutoencoderConfig,
@@ -60,6 +60,7 @@ PART_MARKS = {
     ),
 }
 OPTIONS = {"unet": "--base", "autoencoder": "--vae", "text_encoder": "--text-encoder"}
+NAMES = {"unet": "U-Net", "autoencoder": "autoencoder", "text_encoder": "text encoder"}
 OTHER_ARCHITECTURES = {"videocrafter", "svd", "hunyuanvideo", "flux", "sd3", "wan", "ltx", "sdxl"}
 # Fixed, so that the same sources give the same bytes.
 SEED = 0
@@ -189,8 +190,7 @@ def convert(
             sources[part] = _part(part, open_source(path))
     for part, option in OPTIONS.items():
         if part not in sources:
-            name = part.replace("_", " ")
-            raise CheckpointError(f"{base} has no {name}: add one with {option} of videofactory convert")
+            raise CheckpointError(f"{base} has no {NAMES[part]}: add one with {option} of videofactory convert")
 
     moving = sources["unet"] if motion is None else open_source(motion)
     unet, tables, kind = _unet(base, sources["unet"], moving, motion, temporal, swap_attention)
@@ -254,9 +254,7 @@ def _part(part: str, source: Source) -> Source:
         if any(f"{prefix}{mark}" in source.shapes for mark in PART_MARKS[part]):
             return source.under(prefix) if prefix else source
     kind = identify(source.shapes)
-    raise CheckpointError(
-        f"{source.path} is {kind.description} and has no {part.replace('_', ' ')}: choose another file"
-    )
+    raise CheckpointError(f"{source.path} is {kind.description} and has no {NAMES[part]}: choose another file")
 
 
 def _refuse(path: Path, source: Source) -> None:
@@ -333,11 +331,11 @@ def _find(tables: Tables, names: Mapping[str, Tensor], known: list[str]) -> dict
         used = {piece.name for piece in pieces.values() if piece.source is source}
         # A motion source may be a whole model.
         others = {name for name in source.shapes if source is not tables[-1][0] and ".motion_modules." not in name}
-        left = sorted(source.shapes.keys() - used - set(known) - others)
+        left = tuple(sorted(source.shapes.keys() - used - set(known) - others))
         if left:
             raise CheckpointError(
-                f"{source.path} has {len(left)} tensors that no part of the network takes ({left[0]}); it is of another"
-                " kind, or needs a newer version"
+                f"{source.path} has {listing(left)} that no part of the network takes; it is of another kind, or needs"
+                " a newer version"
             )
     return pieces
 

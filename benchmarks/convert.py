@@ -1,0 +1,179 @@
+"""Public weights at full size, random ones: the same outputs as their own classes, time and memory, and the command."""
+
+from __future__ import annotations
+
+import filecmp
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from videofactory_core.autoencoder import Autoencoder
+from videofactory_core.config import PRESETS, UNetConfig
+from videofactory_core.convert import convert
+from videofactory_core.text import TextEncoder
+from videofactory_core.unet.model import VideoUNet
+
+from .unet import DTYPE, build, compare, describe_machine, forward
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def fill(module: Any) -> Any:
+    """Random weights that let every layer have an effect, also those that start at zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.normal_(std=weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1, generator=generator)
+    return module.eval()
+
+
+def inputs(width: int, num_frames: int, side: int = 16) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 4, num_frames, side, side, generator=generator)
+    return x, torch.tensor([600]), torch.randn(1, 77, width, generator=generator)
+
+
+def image(width: int) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    if width == 768:
+        return fill(UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8))
+    heads = (5, 10, 20, 20)
+    return fill(UNet2DConditionModel(cross_attention_dim=1024, attention_head_dim=heads, use_linear_projection=True))
+
+
+def frames(unet: Any, given: Inputs) -> Tensor:
+    """An image network on every frame."""
+    x, t, context = given
+    return torch.stack([unet(x[:, :, f], t, context).sample for f in range(x.shape[2])], 2)
+
+
+Case = tuple[dict[str, Any], Inputs, Callable[[], Tensor]]
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Networks of the released sizes: their weights by file, an input, and what they make of it."""
+    import diffusers
+
+    for name, width in (("Stable Diffusion 1.5", 768), ("Stable Diffusion 2.1", 1024)):
+        unet, given = image(width), inputs(width, 2)
+        yield name, ({"base": unet}, given, lambda unet=unet, given=given: frames(unet, given))
+    video = fill(diffusers.UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64))
+    given = inputs(1024, 16)
+    yield "ModelScope, ZeroScope", ({"base": video}, given, lambda: video(*given).sample)
+    for version, middle in (("2", True), ("3", False)):
+        base, motion = image(768), fill(diffusers.MotionAdapter(use_motion_mid_block=middle))
+        whole = diffusers.UNetMotionModel.from_unet2d(base, motion).eval()
+        x, t, context = given = inputs(768, 16)
+        sources = {"base": base, "motion": motion}
+        yield (
+            f"AnimateDiff {version}",
+            (sources, given, lambda w=whole, x=x, t=t, c=context: w(x, t, c.expand(16, -1, -1)).sample),
+        )
+
+
+def write_rest(folder: Path, width: int) -> dict[str, Path]:
+    """The two parts that these networks lack, at their released sizes."""
+    preset = PRESETS["sd15" if width == 768 else "sd21"]
+    found = {"autoencoder": folder / "vae.safetensors", "text_encoder": folder / f"text-{width}.safetensors"}
+    save_file(Autoencoder(preset.autoencoder).state_dict(), found["autoencoder"])
+    save_file(TextEncoder(preset.text).state_dict(), found["text_encoder"])
+    return found
+
+
+@torch.no_grad()
+def parity() -> None:
+    """Relative errors in float32, with Swap-Attention at its start."""
+    for name, (modules, given, run) in cases():
+        expected = run()
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {}
+            for part, module in modules.items():
+                paths[part] = Path(folder) / f"{part}.safetensors"
+                save_file({key: value.contiguous() for key, value in module.state_dict().items()}, paths[part])
+            rest = write_rest(Path(folder), given[2].shape[-1])
+            conversion = convert(**paths, **rest, prediction_type="epsilon", swap_attention=True)
+            # As diffusers' norms run over the clip, AnimateDiff's own over a frame.
+            unet = VideoUNet(replace(conversion.config.unet, temporal_norm="clip")).eval()
+            unet.load_state_dict(conversion.read("unet"), assign=True)
+        found = unet(*given)
+        size = sum(p.numel() for p in unet.parameters()) / 1e9
+        print(
+            f"{name:<24}{size:6.3f} G   relative error {float((found - expected).norm() / expected.norm()):.1e}",
+            flush=True,
+        )
+
+
+MODELSCOPE = UNetConfig(temporal_attention_in=True, temporal_skips=False, fusion="add", merge="add")
+
+
+def modelscope(ours: bool) -> nn.Module:
+    if ours:
+        return build(MODELSCOPE)
+    from diffusers import UNet3DConditionModel
+
+    unet: nn.Module = UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64).to(DTYPE).eval()
+    return unet
+
+
+def modelscope_inputs() -> Inputs:
+    return torch.randn(1, 4, 16, 24, 40, dtype=DTYPE), torch.tensor([500]), torch.randn(1, 77, 1024, dtype=DTYPE)
+
+
+def peak(ours: bool) -> None:
+    """Print the GiB that one forward pass adds to a process that holds the weights."""
+    unet = modelscope(ours)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.no_grad():
+        unet(*modelscope_inputs())
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+
+
+def speed() -> None:
+    """The same network in our classes and in diffusers'."""
+    given = modelscope_inputs()
+    nets = {"diffusers UNet3DConditionModel": modelscope(False), "ours": modelscope(True)}
+    compare({name: forward(net, *given) for name, net in nets.items()})
+
+
+def command() -> None:
+    """Memory of `videofactory convert`, and whether it gives the same bytes again."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        unet = fill(VideoUNet(replace(PRESETS["sd21"].unet, temporal_conv=False, temporal_attention=False)))
+        save_file(unet.state_dict(), here / "sd21.safetensors")
+        del unet
+        rest = write_rest(here, 1024)
+        made = [here / f"out{number}.safetensors" for number in range(2)]
+        for out in made:
+            arguments = ["convert", "--base", here / "sd21.safetensors", "--vae", rest["autoencoder"]]
+            arguments += ["--text-encoder", rest["text_encoder"], "--prediction-type", "epsilon", "--out", out]
+            code = (
+                "import resource, sys; from videofactory_train.cli import main; code = main(sys.argv[1:]);"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+            )
+            ran = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, capture_output=True)
+            peak_bytes = int(ran.stdout.split()[-1]) * 1024
+            size = out.stat().st_size
+            print(f"convert: {size / 1e9:.2f} GB written, peak memory {peak_bytes / size:.2f} of that", flush=True)
+        print("the same bytes again" if filecmp.cmp(*made, shallow=False) else "other bytes the second time")
+
+
+def report() -> None:
+    describe_machine()
+    command()
+    parity()
+    for ours in (False, True):
+        code = f"from benchmarks.convert import peak; peak({ours})"
+        ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        print(f"{'ours' if ours else 'diffusers':<12}{float(ran.stdout.split()[-1]):6.2f} GiB more in a forward pass")
+    speed()
