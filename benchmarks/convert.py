@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,28 +57,48 @@ def frames(unet: Any, given: Inputs) -> Tensor:
     return torch.stack([unet(x[:, :, f], t, context).sample for f in range(x.shape[2])], 2)
 
 
+# Modules by the file that they are written to, an input, and what they make of it.
 Case = tuple[dict[str, Any], Inputs, Callable[[], Tensor]]
 
 
-def cases() -> Iterator[tuple[str, Case]]:
-    """Networks of the released sizes: their weights by file, an input, and what they make of it."""
-    import diffusers
+def stable_diffusion(width: int) -> Case:
+    unet, given = image(width), inputs(width, 2)
+    return {"base": unet}, given, lambda: frames(unet, given)
 
-    for name, width in (("Stable Diffusion 1.5", 768), ("Stable Diffusion 2.1", 1024)):
-        unet, given = image(width), inputs(width, 2)
-        yield name, ({"base": unet}, given, lambda unet=unet, given=given: frames(unet, given))
-    video = fill(diffusers.UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64))
-    given = inputs(1024, 16)
-    yield "ModelScope, ZeroScope", ({"base": video}, given, lambda: video(*given).sample)
-    for version, middle in (("2", True), ("3", False)):
-        base, motion = image(768), fill(diffusers.MotionAdapter(use_motion_mid_block=middle))
-        whole = diffusers.UNetMotionModel.from_unet2d(base, motion).eval()
-        x, t, context = given = inputs(768, 16)
-        sources = {"base": base, "motion": motion}
-        yield (
-            f"AnimateDiff {version}",
-            (sources, given, lambda w=whole, x=x, t=t, c=context: w(x, t, c.expand(16, -1, -1)).sample),
-        )
+
+def modelscope_case() -> Case:
+    from diffusers import UNet3DConditionModel
+
+    unet, given = fill(UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64)), inputs(1024, 16)
+    return {"base": unet}, given, lambda: unet(*given).sample
+
+
+def animatediff(middle: bool) -> Case:
+    from diffusers import MotionAdapter, UNetMotionModel
+
+    base, motion = image(768), fill(MotionAdapter(use_motion_mid_block=middle))
+    whole: Any = UNetMotionModel.from_unet2d(base, motion).eval()
+    x, t, context = given = inputs(768, 16)
+    # Their class wants the prompt once a frame.
+    return {"base": base, "motion": motion}, given, lambda: whole(x, t, context.expand(16, -1, -1)).sample
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "Stable Diffusion 1.5": lambda: stable_diffusion(768),
+    "Stable Diffusion 2.1": lambda: stable_diffusion(1024),
+    "ModelScope, ZeroScope": modelscope_case,
+    "AnimateDiff 2": lambda: animatediff(True),
+    "AnimateDiff 3": lambda: animatediff(False),
+}
+
+
+def write_case(case: Case, folder: Path) -> tuple[dict[str, Path], Inputs, Tensor]:
+    """The weights as files, an input, and what their own class makes of it; afterwards memory is free again."""
+    modules, given, run = case
+    paths = {part: folder / f"{part}.safetensors" for part in modules}
+    for part, module in modules.items():
+        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, paths[part])
+    return paths, given, run()
 
 
 def write_rest(folder: Path, width: int) -> dict[str, Path]:
@@ -93,17 +113,14 @@ def write_rest(folder: Path, width: int) -> dict[str, Path]:
 @torch.no_grad()
 def parity() -> None:
     """Relative errors in float32, with Swap-Attention at its start."""
-    for name, (modules, given, run) in cases():
-        expected = run()
+    for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            paths = {}
-            for part, module in modules.items():
-                paths[part] = Path(folder) / f"{part}.safetensors"
-                save_file({key: value.contiguous() for key, value in module.state_dict().items()}, paths[part])
+            paths, given, expected = write_case(case(), Path(folder))
             rest = write_rest(Path(folder), given[2].shape[-1])
             conversion = convert(**paths, **rest, prediction_type="epsilon", swap_attention=True)
             # As diffusers' norms run over the clip, AnimateDiff's own over a frame.
-            unet = VideoUNet(replace(conversion.config.unet, temporal_norm="clip")).eval()
+            with torch.device("meta"):
+                unet = VideoUNet(replace(conversion.config.unet, temporal_norm="clip")).eval()
             unet.load_state_dict(conversion.read("unet"), assign=True)
         found = unet(*given)
         size = sum(p.numel() for p in unet.parameters()) / 1e9
@@ -121,8 +138,14 @@ def modelscope(ours: bool) -> nn.Module:
         return build(MODELSCOPE)
     from diffusers import UNet3DConditionModel
 
-    unet: nn.Module = UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64).to(DTYPE).eval()
-    return unet
+    # Memory for half precision alone: building in float32 first would be the peak.
+    with torch.device("meta"):
+        unet: Any = UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64).to(DTYPE)
+    unet.to_empty(device="cpu")
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.normal_(std=0.02)
+    return unet.eval()  # type: ignore[no-any-return]
 
 
 def modelscope_inputs() -> Inputs:
