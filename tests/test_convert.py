@@ -280,6 +280,33 @@ def test_modelscope_predicts_what_its_own_class_does(
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_modelscopes_video_parts_go_with_another_image_model(
+    tmp_path: Path, parts: dict[str, Path], layout: str
+) -> None:
+    video: Any = randomise(
+        diffusers.UNet3DConditionModel(**UNET, **LEVELS_3D, attention_head_dim=64, cross_attention_dim=WIDTH), seed=1
+    )
+    image = image_unet(SD2)
+    folder = tmp_path / "modelscope"
+    if layout == "original":
+        folder.mkdir()
+        torch.save(modelscope_names(tensors(video)), folder / "text2video_pytorch_model.pth")
+    else:
+        video.save_pretrained(folder / "unet")
+    base = write(tmp_path / "base", tensors(image), "file")
+    conversion = convert(base, folder, **parts, prediction_type="epsilon")
+    # Their class with the image model's weights in the place of its own.
+    video.load_state_dict(tensors(image), strict=False)
+    x, t, context = clip(12)
+    with torch.no_grad():
+        expected = torch.cat([video(x[i : i + 1], t[i : i + 1], context[i : i + 1]).sample for i in range(2)])
+    assert relative_error(ours(conversion, 12), expected) <= 1e-5
+    assert "CC-BY-NC-4.0" in conversion.metadata.licence
+    with pytest.raises(CheckpointError, match=r"was made for Stable Diffusion 2.x and .* is 1.x: change one"):
+        convert(write(tmp_path / "old", tensors(image_unet(SD1)), "file"), folder, **parts)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize(("middle", "length"), [(True, 32), (False, 32), (False, 24)], ids=["v2", "v3", "v1"])
 @pytest.mark.parametrize("settings", [SD1, SD2], ids=["1.x", "2.x"])
 def test_animatediff_predicts_what_its_own_class_does(
