@@ -130,6 +130,49 @@ def parity() -> None:
         )
 
 
+@torch.no_grad()
+def parity_of_parts() -> None:
+    """Autoencoder and text encoders at their released sizes, against diffusers, transformers and open_clip."""
+    import open_clip
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae: Any = fill(AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **levels))
+    settings = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    openai: Any = fill(CLIPTextModel(CLIPTextConfig(**settings)))
+    vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
+    laion: Any = fill(open_clip.model.CLIP(1024, vision, {"width": 1024, "heads": 16, "layers": 24}))
+    tokens = torch.tensor([[49406, 320, 1929, *[49407] * 74]])
+    x = laion.token_embedding(tokens) + laion.positional_embedding
+    for block in laion.transformer.resblocks[:-1]:
+        x = block(x, attn_mask=laion.attn_mask)
+    features = {768: (openai, openai(tokens).last_hidden_state), 1024: (laion, laion.ln_final(x))}
+    picture = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean = vae.encode(picture).latent_dist.mean
+
+    def report_error(name: str, found: Tensor, expected: Tensor) -> None:
+        print(f"{name:<24}{'':9}relative error {float((found - expected).norm() / expected.norm()):.1e}", flush=True)
+
+    for width, (text, expected) in features.items():
+        base = UNet2DConditionModel(
+            block_out_channels=(64, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=width,
+            use_linear_projection=width == 1024,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            modules = {"base": base, "autoencoder": vae, "text_encoder": text}
+            paths = {name: Path(folder) / f"{name}.safetensors" for name in modules}
+            for name, module in modules.items():
+                save_file({key: value.contiguous() for key, value in module.state_dict().items()}, paths[name])
+            model = convert(**paths, temporal=False, prediction_type="epsilon").load()
+        report_error(f"text encoder {width}", model.text_encoder(tokens), expected)
+    report_error("encoder", model.autoencoder.encode_moments(picture)[0], mean)
+    report_error("decoder", model.autoencoder.decode_frames(mean), vae.decode(mean).sample)
+
+
 MODELSCOPE = UNetConfig(temporal_attention_in=True, temporal_skips=False, fusion="add", merge="add")
 
 
@@ -194,6 +237,7 @@ def command() -> None:
 def report() -> None:
     describe_machine()
     command()
+    parity_of_parts()
     parity()
     for ours in (False, True):
         code = f"from benchmarks.convert import peak; peak({ours})"

@@ -580,7 +580,10 @@ BAD: dict[str, tuple[Bad, str]] = {
     "a motion module for other widths": (other_motion, r"is made for levels of \(32, 64, 64\) channels"),
     "half of a sharded folder": (half_a_folder, "lacks the shard b.safetensors; download"),
     "shards outside their folder": (escaping_shards, "names a shard outside its folder"),
-    "sdxl": (sdxl, "is a Stable Diffusion XL image model; it cannot be used here: choose"),
+    "sdxl": (
+        sdxl,
+        "is a Stable Diffusion XL image model; it cannot be used here, because it has two text encoders: choose",
+    ),
     "inpainting": (inpainting, "takes 9 channels: choose one that is not made for inpainting"),
     "only an autoencoder": (
         lambda folder, parts: {"base": parts["autoencoder"]},

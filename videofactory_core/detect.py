@@ -51,7 +51,8 @@ class Kind(NamedTuple):
 
 
 _CONVERT = "turn it into one with `videofactory convert`"
-_USELESS = "it cannot be used here"
+_TRANSFORMER = "it cannot be used here, because it is a transformer and no U-Net"
+_PART = "give it to `videofactory convert` beside a model that lacks it"
 
 # Cross-attention of a Stable Diffusion U-Net in either layout, up to the width of its text features.
 _TEXT_WIDTH = r"\b(input_blocks|down_blocks)\.\S*\.attn2\.to_k\.weight \d+x"
@@ -77,15 +78,37 @@ KINDS = (
         r"^control_model\.|\bzero_convs\.0\.|^controlnet_(down_blocks|blocks|cond_embedding)\.",
     ),
     Kind("animatediff", "an AnimateDiff motion module", _CONVERT, r"\bmotion_modules\.\d+\."),
-    Kind("videocrafter", "a VideoCrafter video model", _USELESS, r"\bfps_embedding\.|\binit_attn\."),
+    Kind(
+        "videocrafter",
+        "a VideoCrafter video model",
+        "it cannot be used here, because its layers also read a frame rate",
+        r"\bfps_embedding\.|\binit_attn\.",
+    ),
     Kind("modelscope", "a ModelScope or ZeroScope video model", _CONVERT, r"\btemopral_conv\.|\btemp_convs\.\d"),
-    Kind("svd", "a Stable Video Diffusion model", _USELESS, r"\btime_stack\.|\btemporal_transformer_blocks\.\d"),
-    Kind("hunyuanvideo", "a HunyuanVideo model", _USELESS, r"token_refiner\."),
-    Kind("flux", "a Flux image model", _USELESS, r"\bdouble_blocks\.0\.img_attn\.|\bsingle_transformer_blocks\.0\."),
-    Kind("sd3", "a Stable Diffusion 3 image model", _USELESS, r"\bjoint_blocks\.0\.|\battn\.add_k_proj\."),
-    Kind("wan", "a Wan video model", _USELESS, r"\bblocks\.0\.self_attn\.norm_q\.|\bcondition_embedder\.text_embedder"),
-    Kind("ltx", "an LTX video model", _USELESS, r"\bpatchify_proj\."),
-    Kind("sdxl", "a Stable Diffusion XL image model", _USELESS, _TEXT_WIDTH + r"(2048|1280)$"),
+    Kind(
+        "svd",
+        "a Stable Video Diffusion model",
+        "it cannot be used here, because it starts from a picture",
+        r"\btime_stack\.|\btemporal_transformer_blocks\.\d",
+    ),
+    Kind("hunyuanvideo", "a HunyuanVideo model", _TRANSFORMER, r"token_refiner\."),
+    Kind(
+        "flux", "a Flux image model", _TRANSFORMER, r"\bdouble_blocks\.0\.img_attn\.|\bsingle_transformer_blocks\.0\."
+    ),
+    Kind("sd3", "a Stable Diffusion 3 image model", _TRANSFORMER, r"\bjoint_blocks\.0\.|\battn\.add_k_proj\."),
+    Kind(
+        "wan",
+        "a Wan video model",
+        _TRANSFORMER,
+        r"\bblocks\.0\.self_attn\.norm_q\.|\bcondition_embedder\.text_embedder",
+    ),
+    Kind("ltx", "an LTX video model", _TRANSFORMER, r"\bpatchify_proj\."),
+    Kind(
+        "sdxl",
+        "a Stable Diffusion XL image model",
+        "it cannot be used here, because it has two text encoders",
+        _TEXT_WIDTH + r"(2048|1280)$",
+    ),
     Kind("sd2", "a Stable Diffusion 2.x image model", _CONVERT, _TEXT_WIDTH + r"1024$"),
     Kind("sd1", "a Stable Diffusion 1.x image model", _CONVERT, _TEXT_WIDTH + r"768$"),
     Kind(
@@ -94,8 +117,8 @@ KINDS = (
         "load it as the upscaler",
         r"\bbody\.0\.body\.0\.body\.3\.conv_du\.0\.weight",
     ),
-    Kind("vae", "an autoencoder alone", _USELESS, r"\bdecoder\.(mid\.block_1|mid_block\.resnets\.0)\."),
-    Kind("clip", "a CLIP text encoder alone", _USELESS, r"\btoken_embedding\.weight"),
+    Kind("vae", "an autoencoder alone", _PART, r"\bdecoder\.(mid\.block_1|mid_block\.resnets\.0)\."),
+    Kind("clip", "a CLIP text encoder alone", _PART, r"\btoken_embedding\.weight"),
 )
 UNKNOWN = Kind("unknown", "a file of unknown kind", "get a VideoFactory checkpoint", "")
 
