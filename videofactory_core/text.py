@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -239,39 +238,3 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight)
-
-
-OPEN_CLIP_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-OPEN_CLIP_OUTER_NAMES = {
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-}
-OPEN_CLIP_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
-
-
-def from_open_clip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower of open_clip's `state_dict` under `TextEncoder`'s names; other entries are left out.
-
-    Names start at `token_embedding.weight`, without a prefix. The joined `in_proj` is split into views of q, k and v.
-    """
-    out: dict[str, Tensor] = {}
-    for name, value in state_dict.items():
-        if name in OPEN_CLIP_OUTER_NAMES:
-            out[OPEN_CLIP_OUTER_NAMES[name]] = value
-        elif match := OPEN_CLIP_LAYER.fullmatch(name):
-            number, part, kind = match.groups()
-            layer = f"text_model.encoder.layers.{number}"
-            if part == "attn.in_proj":
-                for letter, third in zip("qkv", value.chunk(3), strict=True):
-                    out[f"{layer}.self_attn.{letter}_proj.{kind}"] = third
-            elif part in OPEN_CLIP_NAMES:
-                out[f"{layer}.{OPEN_CLIP_NAMES[part]}.{kind}"] = value
-    return out
