@@ -35,8 +35,12 @@ def register() -> None:
 
 def names(kind: str) -> list[str]:
     """What a list of this kind offers."""
-    bundled = [name for name, path in BUNDLED.get(kind, {}).items() if path.is_file()]
-    return [*bundled, *folder_paths.get_filename_list(kind)]
+    return [*(name for name, path in BUNDLED[kind].items() if path.is_file()), *own_names(kind)]
+
+
+def own_names(kind: str) -> list[str]:
+    """The user's files of this kind."""
+    return list(folder_paths.get_filename_list(kind))
 
 
 def find(kind: str, name: str) -> Path:

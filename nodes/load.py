@@ -15,8 +15,8 @@ from ..videofactory_core.convert import convert
 from . import files, host
 
 CATEGORY = "VideoFactory"
-# In the list of checkpoints behind the names of image models.
-IMAGE_MODEL = f" [{files.IMAGE_MODELS}]"
+# Behind the names of a list stands the folder of those that are not from its own.
+IMAGE_MODEL, OWN = f" [{files.IMAGE_MODELS}]", f" [{files.CHECKPOINTS}]"
 NO_MOTION = "none"
 BY_THE_FILE = "by the file"
 
@@ -26,6 +26,13 @@ def place(checkpoint: str) -> tuple[str, str]:
     if checkpoint.endswith(IMAGE_MODEL):
         return files.IMAGE_MODELS, checkpoint.removesuffix(IMAGE_MODEL)
     return files.CHECKPOINTS, checkpoint
+
+
+def motion_place(motion: str) -> tuple[str, str]:
+    """The same for an entry of the list of motion modules."""
+    if motion.endswith(OWN):
+        return files.CHECKPOINTS, motion.removesuffix(OWN)
+    return files.MOTION_MODULES, motion
 
 
 def open_file(path: Path, motion: Path | None, image_model: bool, prediction_type: str) -> host.ModelFile:
@@ -54,16 +61,20 @@ class LoadVideoFactory(io.ComfyNode):
                     "checkpoint",
                     options=[
                         *files.names(files.CHECKPOINTS),
-                        *(f"{name}{IMAGE_MODEL}" for name in files.names(files.IMAGE_MODELS)),
+                        *(f"{name}{IMAGE_MODEL}" for name in files.own_names(files.IMAGE_MODELS)),
                     ],
                     tooltip="A file of models/videofactory, the bundled demo of moving shapes, or an image model.",
                 ),
                 io.Combo.Input(
                     "motion",
-                    options=[NO_MOTION, *files.names(files.MOTION_MODULES)],
+                    options=[
+                        NO_MOTION,
+                        *files.own_names(files.MOTION_MODULES),
+                        *(f"{name}{OWN}" for name in files.own_names(files.CHECKPOINTS)),
+                    ],
                     default=NO_MOTION,
                     optional=True,
-                    tooltip="For an image model: an AnimateDiff motion module of models/animatediff_models.",
+                    tooltip="For image models, an AnimateDiff file of models/animatediff_models or videofactory.",
                 ),
                 io.Combo.Input(
                     "prediction_type",
@@ -84,19 +95,19 @@ class LoadVideoFactory(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, checkpoint: str, motion: str = NO_MOTION) -> bool | str:
         found = files.refusal(*place(checkpoint))
-        return found if found is not True or motion == NO_MOTION else files.refusal(files.MOTION_MODULES, motion)
+        return found if found is not True or motion == NO_MOTION else files.refusal(*motion_place(motion))
 
     @classmethod
     def fingerprint_inputs(
         cls, checkpoint: str, motion: str = NO_MOTION, prediction_type: str = BY_THE_FILE
     ) -> tuple[str, ...]:
-        moving = "" if motion == NO_MOTION else files.state(files.MOTION_MODULES, motion)
+        moving = "" if motion == NO_MOTION else files.state(*motion_place(motion))
         return files.state(*place(checkpoint)), moving, prediction_type
 
     @classmethod
     def execute(cls, checkpoint: str, motion: str = NO_MOTION, prediction_type: str = BY_THE_FILE) -> io.NodeOutput:
         kind, name = place(checkpoint)
-        moving = None if motion == NO_MOTION else files.find(files.MOTION_MODULES, motion)
+        moving = None if motion == NO_MOTION else files.find(*motion_place(motion))
         file = open_file(files.find(kind, name), moving, kind == files.IMAGE_MODELS, prediction_type)
         if file.note:
             logging.warning("VideoFactory: %s", file.note)

@@ -69,7 +69,8 @@ def weights(host: Host) -> None:
     for name in [name for name in motion if name.endswith(".norm1.weight")]:
         channels = len(motion[name])
         motion[name.replace("norm1.weight", "pos_embed.pe")] = frame_positions(32, channels, torch.zeros(()))[None]
-    for folder, name, tensors in (("checkpoints", IMAGE, image), ("animatediff_models", MOTION, motion)):
+    wanted = (("checkpoints", IMAGE, image), ("animatediff_models", MOTION, motion), ("videofactory", MOTION, motion))
+    for folder, name, tensors in wanted:
         (host.base / "models" / folder).mkdir(exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, host.base / "models" / folder / name)
 
@@ -96,6 +97,13 @@ def test_the_graph_makes_what_the_core_makes(host: Host, motion: str | None) -> 
     expected = made_by_the_core(host, motion)
     assert relative_error(found, expected) <= 1e-4
     assert relative_error(found, made_by_the_core(host, MOTION if motion is None else None)) > 1e-2
+
+
+@pytest.mark.usefixtures("weights")
+def test_a_motion_module_may_lie_among_our_checkpoints(host: Host) -> None:
+    (one,) = latents(host, graph(), "sample")
+    (other,) = latents(host, graph(f"{MOTION} [videofactory]"), "sample")
+    assert torch.equal(one, other)
 
 
 @pytest.mark.usefixtures("weights")
