@@ -280,7 +280,7 @@ def test_the_table_is_whole() -> None:
 
 def test_the_notice_says_what_is_non_commercial() -> None:
     for entry in read_table().values():
-        free = entry.licence in ("Apache-2.0", "CreativeML Open RAIL-M", "CreativeML Open RAIL++-M")
+        free = entry.licence in ("Apache-2.0", "CreativeML OpenRAIL-M", "CreativeML OpenRAIL++-M")
         assert ("non-commercial" in entry.notice) != free
         for part in (entry.name, f"{entry.gigabytes:g} GB", entry.licence):
             assert part in entry.notice
