@@ -35,12 +35,18 @@ def register() -> None:
 
 def names(kind: str) -> list[str]:
     """What a list of this kind offers."""
-    return [*(name for name, path in BUNDLED[kind].items() if path.is_file()), *own_names(kind)]
+    return [*BUNDLED.get(kind, {}), *folder_paths.get_filename_list(kind)]
 
 
-def own_names(kind: str) -> list[str]:
-    """The user's files of this kind."""
-    return list(folder_paths.get_filename_list(kind))
+def guests(kind: str) -> list[str]:
+    """The user's files of this kind as they stand in the list of another."""
+    return [f"{name} [{kind}]" for name in folder_paths.get_filename_list(kind)]
+
+
+def place(name: str, kind: str, guest: str) -> tuple[str, str]:
+    """The kind and the name that stand behind a name of the list of `kind`, which has guests of kind `guest`."""
+    mark = f" [{guest}]"
+    return (guest, name.removesuffix(mark)) if name.endswith(mark) else (kind, name)
 
 
 def find(kind: str, name: str) -> Path:

@@ -15,24 +15,18 @@ from ..videofactory_core.convert import convert
 from . import files, host
 
 CATEGORY = "VideoFactory"
-# Behind the names of a list stands the folder of those that are not from its own.
-IMAGE_MODEL, OWN = f" [{files.IMAGE_MODELS}]", f" [{files.CHECKPOINTS}]"
 NO_MOTION = "none"
 BY_THE_FILE = "by the file"
 
 
 def place(checkpoint: str) -> tuple[str, str]:
-    """The folder kind and the name in it that an entry of the list of checkpoints stands for."""
-    if checkpoint.endswith(IMAGE_MODEL):
-        return files.IMAGE_MODELS, checkpoint.removesuffix(IMAGE_MODEL)
-    return files.CHECKPOINTS, checkpoint
+    """What an entry of the list of checkpoints stands for."""
+    return files.place(checkpoint, files.CHECKPOINTS, files.IMAGE_MODELS)
 
 
 def motion_place(motion: str) -> tuple[str, str]:
-    """The same for an entry of the list of motion modules."""
-    if motion.endswith(OWN):
-        return files.CHECKPOINTS, motion.removesuffix(OWN)
-    return files.MOTION_MODULES, motion
+    """What an entry of the list of motion modules stands for."""
+    return files.place(motion, files.MOTION_MODULES, files.CHECKPOINTS)
 
 
 def open_file(path: Path, motion: Path | None, image_model: bool, prediction_type: str) -> host.ModelFile:
@@ -59,19 +53,12 @@ class LoadVideoFactory(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=[
-                        *files.names(files.CHECKPOINTS),
-                        *(f"{name}{IMAGE_MODEL}" for name in files.own_names(files.IMAGE_MODELS)),
-                    ],
+                    options=[*files.names(files.CHECKPOINTS), *files.guests(files.IMAGE_MODELS)],
                     tooltip="A file of models/videofactory, the bundled demo of moving shapes, or an image model.",
                 ),
                 io.Combo.Input(
                     "motion",
-                    options=[
-                        NO_MOTION,
-                        *files.own_names(files.MOTION_MODULES),
-                        *(f"{name}{OWN}" for name in files.own_names(files.CHECKPOINTS)),
-                    ],
+                    options=[NO_MOTION, *files.names(files.MOTION_MODULES), *files.guests(files.CHECKPOINTS)],
                     default=NO_MOTION,
                     optional=True,
                     tooltip="For image models, an AnimateDiff file of models/animatediff_models or videofactory.",

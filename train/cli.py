@@ -260,6 +260,16 @@ def run_train(options: argparse.Namespace) -> None:
     print(run_recipe(options.recipe))
 
 
+def check_result(out: Path, inputs: list[Path], verb: str) -> None:
+    """ValueError, before anything is read, when a checkpoint cannot be written as `out`."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} would be a checkpoint of another kind: end its name with .safetensors")
+    if not out.parent.is_dir():
+        raise ValueError(f"the folder {out.parent} does not exist: make it first")
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise ValueError(f"{out} is one of the files to {verb}; name another file to write")
+
+
 def run_convert(options: argparse.Namespace) -> None:
     """Public weights to one checkpoint."""
     import torch
@@ -268,12 +278,7 @@ def run_convert(options: argparse.Namespace) -> None:
     from videofactory_core.convert import convert
 
     sources = (options.base, options.motion, options.text_encoder, options.vae)
-    if options.out.suffix != ".safetensors":
-        raise ValueError(f"{options.out} would be a checkpoint of another kind: end its name with .safetensors")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"the folder {options.out.parent} does not exist: make it first")
-    if any(path is not None and path.resolve() == options.out.resolve() for path in sources):
-        raise ValueError(f"{options.out} is one of the sources: choose another name for the result")
+    check_result(options.out, [path for path in sources if path is not None], "convert")
     made = convert(
         options.base,
         options.motion,
@@ -301,10 +306,8 @@ def run_merge(options: argparse.Namespace) -> None:
     """A checkpoint with LoRAs in its weights, in the types that it is stored in."""
     from videofactory_core import adapters, checkpoint
 
+    check_result(options.out, [options.checkpoint, *(file for file, _ in options.lora)], "merge")
     loras = [(adapters.read(file), strength) for file, strength in options.lora]
-    inputs = (options.checkpoint, *(file for file, _ in options.lora))
-    if any(options.out.resolve() == file.resolve() for file in inputs):
-        raise ValueError(f"{options.out} is one of the files to merge; name another file to write")
     model = checkpoint.load(options.checkpoint, dtype=None)
     for change, strength in loras:
         adapters.merge(model, change, strength)

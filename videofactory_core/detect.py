@@ -170,13 +170,9 @@ def _complete(told: dict[str, dict[str, Any]]) -> tuple[ModelConfig, str]:
             return preset, f"its sizes, those of the preset {name},"
     unet, autoencoder, text = told["unet"], told["autoencoder"], told["text"]
     base = PRESETS["sd21" if unet["use_linear_in_transformer"] else "sd15"]
-    width = unet["model_channels"]
-    heads: dict[str, Any] = (
-        {"head_dim": math.gcd(width, 64)} if base.unet.head_dim else {"num_heads": math.gcd(width, 8)}
-    )
     config = dataclasses.replace(
         base,
-        unet=dataclasses.replace(base.unet, **unet, **heads, norm_groups=math.gcd(width, 32)),
+        unet=dataclasses.replace(base.unet, **unet, **heads(unet)),
         autoencoder=dataclasses.replace(
             base.autoencoder, **autoencoder, norm_groups=math.gcd(autoencoder["channels"], 32)
         ),
@@ -188,6 +184,17 @@ def _complete(told: dict[str, dict[str, Any]]) -> tuple[ModelConfig, str]:
         ),
     )
     return config, "sizes that no preset has"
+
+
+def heads(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and norm groups, which shapes do not tell: 1.x has eight heads, 2.x heads of 64 channels."""
+    width = told["model_channels"]
+    linear = told["use_linear_in_transformer"]
+    return {
+        "head_dim": math.gcd(width, 64) if linear else 0,
+        "num_heads": 0 if linear else math.gcd(width, 8),
+        "norm_groups": math.gcd(width, 32),
+    }
 
 
 def _assumptions(config: ModelConfig, told: dict[str, dict[str, Any]]) -> str:

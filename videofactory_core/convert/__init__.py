@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import checkpoint
 from ..checkpoint import CheckpointError, Metadata, listing
 from ..config import (
     PRESETS,
@@ -23,7 +24,7 @@ from ..config import (
     UNetConfig,
     from_dict,
 )
-from ..detect import PREFIXES, count, detect_autoencoder, detect_text, detect_unet, identify
+from ..detect import PREFIXES, detect_autoencoder, detect_text, detect_unet, heads, identify
 from . import animatediff, modelscope, stable_diffusion
 from .conversion import Conversion, Piece
 from .sources import Source, open_source, read_settings
@@ -101,23 +102,23 @@ def convert(
             f"{base} is conditioned by text features of width {unet.context_dim}, {sources['text_encoder'].path} gives"
             f" {text.width}: choose its own text encoder"
         )
-    diffusion = _diffusion(base, sources["unet"], unet, kind, prediction_type)
+    diffusion = _diffusion(base, sources["unet"], kind, prediction_type)
     side = 256 if kind.video == "modelscope" else 768 if diffusion.prediction_type == "v_prediction" else 512
     width, height = size or (side, side)
     config = ModelConfig(unet, vae, text, diffusion, frames, width, height)
-    metadata = _metadata(base, sources["unet"], motion, kind)
-    conversion = Conversion(base, config, metadata, metadata.notice, {})
+    skeleton = checkpoint.build(config, device="meta")
+    positions = animatediff.positions(moving.shapes)
     pieces = {
-        "unet": _find(tables, conversion.skeleton.unet.state_dict(), animatediff.positions(moving.shapes)),
-        "autoencoder": vae_pieces(conversion.skeleton.autoencoder.state_dict()),
-        "text_encoder": text_pieces(conversion.skeleton.text_encoder.state_dict()),
+        "unet": _find(tables, skeleton.unet.state_dict(), positions),
+        "autoencoder": vae_pieces(skeleton.autoencoder.state_dict()),
+        "text_encoder": text_pieces(skeleton.text_encoder.state_dict()),
     }
-    for name in animatediff.positions(moving.shapes):
+    for name in positions:
         try:
             animatediff.check_positions(name, moving.read(name))
         except ValueError as error:
             raise CheckpointError(f"{moving.path}: {error}") from error
-    return replace(conversion, pieces=pieces)
+    return Conversion(config, _metadata(base, sources["unet"], motion, kind), skeleton, pieces)
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,7 @@ def _parts(base: Path) -> dict[str, Source]:
         return {part: _part(part, open_source(path)) for part, path in named.items()}
     whole = open_source(base)
     _refuse(base, whole)
-    found = {}
-    for part, prefixes in PART_PREFIXES.items():
-        prefix = next((p for p in prefixes if any(name.startswith(p) for name in whole.shapes)), None)
-        if prefix is not None:
-            found[part] = whole.under(prefix)
+    found = {part: inside for part in PART_MARKS if (inside := _inside(part, whole)) is not None}
     return found if "unet" in found else {"unet": _part("unet", whole)}
 
 
@@ -154,13 +151,21 @@ def _network_in(path: Path) -> Path:
     return next((path / name for name in names if (path / name).exists()), path)
 
 
-def _part(part: str, source: Source) -> Source:
-    """The part without a prefix; CheckpointError when the file holds something else."""
+def _inside(part: str, source: Source) -> Source | None:
+    """The part without a prefix, None when the file does not hold it."""
     for prefix in (*PART_PREFIXES[part], ""):
         if any(f"{prefix}{mark}" in source.shapes for mark in PART_MARKS[part]):
             return source.under(prefix) if prefix else source
-    kind = identify(source.shapes)
-    raise CheckpointError(f"{source.path} is {kind.description} and has no {NAMES[part]}: choose another file")
+    return None
+
+
+def _part(part: str, source: Source) -> Source:
+    """The part without a prefix; CheckpointError when the file holds something else."""
+    found = _inside(part, source)
+    if found is None:
+        kind = identify(source.shapes)
+        raise CheckpointError(f"{source.path} is {kind.description} and has no {NAMES[part]}: choose another file")
+    return found
 
 
 def _refuse(path: Path, source: Source) -> None:
@@ -185,7 +190,7 @@ def _unet(
     try:
         told = detect_unet(image.shapes) if ldm else stable_diffusion.detect_diffusers_unet(image.shapes)
         told = {key: told[key] for key in told if not key.startswith(("temporal", "fusion", "merge"))}
-        plain = UNetConfig(**told, **stable_diffusion.heads(told))
+        plain = UNetConfig(**told, **heads(told))
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{base} holds no U-Net of Stable Diffusion's kind ({error}); choose another") from error
     if plain.in_channels != plain.out_channels:
@@ -193,7 +198,10 @@ def _unet(
     spatial: Table = {"": ""} if ldm else stable_diffusion.diffusers_unet(plain)
     family = "2.x" if plain.use_linear_in_transformer else "1.x"
 
-    if any(".motion_modules." in name for name in moving.shapes):
+    table: dict[str, str] = {}
+    settings: dict[str, Any] = {}
+    video = ""
+    if animatediff.has_video_parts(moving.shapes):
         if animatediff.widths(moving.shapes) != tuple(plain.model_channels * m for m in plain.channel_mult):
             raise CheckpointError(
                 f"{moving.path} is made for levels of {animatediff.widths(moving.shapes)} channels, which {base} does"
@@ -204,26 +212,25 @@ def _unet(
         except ValueError as error:
             raise CheckpointError(f"{moving.path}: {error}") from error
         video, table = "animatediff", animatediff.table(plain, moving.shapes)
-    elif any(".temopral_conv." in name for name in moving.shapes):
-        video, settings, moving = "modelscope", modelscope.SETTINGS, _part("unet", moving)
-        table = modelscope.original_unet(plain)
-    elif any(".temp_convs." in name for name in moving.shapes):
-        video, settings, table = "modelscope", modelscope.SETTINGS, modelscope.diffusers_unet(plain)
+    elif modelscope.has_video_parts(moving.shapes):
+        moving = _part("unet", moving)
+        video, settings, table = "modelscope", modelscope.SETTINGS, modelscope.table(plain, moving.shapes)
     elif motion is not None:
         kind = identify(moving.shapes)
         raise CheckpointError(f"{motion} is {kind.description}, not a motion module: choose another file")
-    else:
-        video, table = "", {}
-        settings = {} if temporal else {"temporal_conv": False, "temporal_attention": False, "fusion": "add"}
-    swap = (temporal and not video) if swap_attention is None else swap_attention
-    config = replace(plain, **settings, merge="swap" if swap else "add" if video or not temporal else "fuse")
-    own = motion is None
-    if video == "modelscope" and not own and family == "1.x":
-        raise CheckpointError(f"{motion} was made for Stable Diffusion 2.x and {base} is 1.x: change one of them")
-    if video == "modelscope" and not own:
+    elif not temporal:
+        settings = {"temporal_conv": False, "temporal_attention": False, "fusion": "add"}
+    fresh = temporal and not video
+    swap = fresh if swap_attention is None else swap_attention
+    config = replace(plain, **settings, merge="swap" if swap else "fuse" if fresh else "add")
+    if motion is None:
+        return config, [(image, {**spatial, **table})], Kind(family, video)
+    if video == "modelscope":
+        if family == "1.x":
+            raise CheckpointError(f"{motion} was made for Stable Diffusion 2.x and {base} is 1.x: change one of them")
         # Only its video parts: the image model keeps its own.
         table = {ours: theirs for ours, theirs in table.items() if ".temporal" in ours or ours == "input_blocks.0.1"}
-    return config, [(image, {**spatial, **table})] if own else [(moving, table), (image, spatial)], Kind(family, video)
+    return config, [(moving, table), (image, spatial)], Kind(family, video)
 
 
 def _find(tables: Tables, names: Mapping[str, Tensor], known: list[str]) -> dict[str, Piece]:
@@ -287,13 +294,7 @@ def _text(source: Source) -> tuple[TextConfig, Pieces]:
     bare = "embeddings.token_embedding.weight" in source.shapes
     try:
         if joined:
-            vocabulary, width = source.shapes["token_embedding.weight"]
-            told = {
-                "width": width,
-                "layers": count(source.shapes, "transformer.resblocks.{}.ln_1.weight"),
-                "max_tokens": source.shapes["positional_embedding"][0],
-                "vocab_size": vocabulary,
-            }
+            told = stable_diffusion.detect_open_clip(source.shapes)
         else:
             told = detect_text({f"text_model.{k}": v for k, v in source.shapes.items()} if bare else source.shapes)
         settings = read_settings(source.path.parent, "config.json")
@@ -320,9 +321,7 @@ def _text(source: Source) -> tuple[TextConfig, Pieces]:
     return config, pieces
 
 
-def _diffusion(
-    base: Path, image: Source, unet: UNetConfig, kind: Kind, prediction_type: PredictionType | None
-) -> DiffusionConfig:
+def _diffusion(base: Path, image: Source, kind: Kind, prediction_type: PredictionType | None) -> DiffusionConfig:
     settings: dict[str, Any] = read_settings(base, "scheduler", "scheduler_config.json") if base.is_dir() else {}
     names = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
     metadata = image.metadata

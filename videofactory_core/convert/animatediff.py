@@ -27,6 +27,11 @@ ORIGINAL_INNER = {
 POSITIONS = re.compile(r"\.(pos_encoder|pos_embed)\.pe$")
 
 
+def has_video_parts(shapes: Shapes) -> bool:
+    """Whether there are motion modules under these names."""
+    return any(".motion_modules." in name for name in shapes)
+
+
 def is_original(shapes: Shapes) -> bool:
     """Whether the names are AnimateDiff's own, not diffusers'."""
     return any(".temporal_transformer." in name for name in shapes)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,30 +41,26 @@ class Piece:
 class Conversion:
     """A model whose tensors still lie in the files that they come from; reads like `checkpoint.Checkpoint`."""
 
-    path: Path
     config: ModelConfig
     metadata: Metadata
-    note: str
+    # The model without memory for its weights.
+    skeleton: Model
     # For each part our names and where they come from; what is missing here starts fresh.
     pieces: Mapping[str, Mapping[str, Piece]]
 
-    @cached_property
-    def skeleton(self) -> Model:
-        """The model without memory for its weights."""
-        return checkpoint.build(self.config, device="meta")
+    @property
+    def note(self) -> str:
+        """What the licence forbids, or nothing."""
+        return self.metadata.notice
 
     def read(
         self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
         """The state dict of "unet", "autoencoder" or "text_encoder", as `dtype` (None: as it is stored)."""
-        pieces = self.pieces[part]
-        stored = next(iter(pieces.values())).read().dtype
-        fresh = self.fresh(dtype or stored) if part == "unet" else {}
-        names = self.skeleton.parts()[part].state_dict()
-        return {
-            name: (pieces[name].read() if name in pieces else fresh[name]).to(device, dtype, copy=True)
-            for name in names
-        }
+        found = {name: piece.read().to(device, dtype, copy=True) for name, piece in self.pieces[part].items()}
+        if part == "unet":
+            found |= {name: tensor.to(device) for name, tensor in self.fresh(next(iter(found.values())).dtype).items()}
+        return found
 
     def fresh(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weights of the U-Net that no source has, as a new model starts with them."""

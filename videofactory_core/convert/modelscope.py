@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import UNetConfig
-from .stable_diffusion import places, resamplers
+from .stable_diffusion import Shapes, places, resamplers
 
 # What of our network theirs is.
 SETTINGS: dict[str, Any] = {
@@ -32,6 +32,17 @@ def convolutions(ours: str, theirs: str) -> dict[str, str]:
         table[f"{ours}.norms.{i}"] = f"{theirs}.conv{i + 1}.0"
         table[f"{ours}.convs.{i}"] = f"{theirs}.conv{i + 1}.{3 if i else 2}"
     return table
+
+
+def has_video_parts(shapes: Shapes) -> bool:
+    """Whether the names are those of such a U-Net."""
+    return any(".temopral_conv." in name or ".temp_convs." in name for name in shapes)
+
+
+def table(config: UNetConfig, shapes: Shapes) -> dict[str, str]:
+    """The video parts in the authors' file or diffusers' `UNet3DConditionModel`, whichever names `shapes` have."""
+    original = any(".temopral_conv." in name for name in shapes)
+    return original_unet(config) if original else diffusers_unet(config)
 
 
 def original_unet(config: UNetConfig) -> dict[str, str]:

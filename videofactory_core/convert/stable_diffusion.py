@@ -7,7 +7,6 @@ names are those of the original single files, so only diffusers' and open_clip's
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -116,15 +115,6 @@ def detect_diffusers_unet(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def heads(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Attention heads, which shapes do not tell: 1.x has eight, 2.x has heads of 64 channels."""
-    width = told["model_channels"]
-    groups = math.gcd(width, 32)
-    if told["use_linear_in_transformer"]:
-        return {"head_dim": math.gcd(width, 64), "num_heads": 0, "norm_groups": groups}
-    return {"head_dim": 0, "num_heads": math.gcd(width, 8), "norm_groups": groups}
-
-
 # Autoencoder
 
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -186,6 +176,17 @@ OPEN_CLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
+
+
+def detect_open_clip(shapes: Shapes) -> dict[str, Any]:
+    """The sizes of open_clip's text tower; LookupError when it is none."""
+    vocab_size, width = shapes["token_embedding.weight"]
+    return {
+        "width": width,
+        "layers": count(shapes, "transformer.resblocks.{}.ln_1.weight"),
+        "max_tokens": shapes["positional_embedding"][0],
+        "vocab_size": vocab_size,
+    }
 
 
 def open_clip(name: str) -> tuple[str, int | None]:
