@@ -12,6 +12,7 @@ BENCHMARKS = {
     "demo": ("demo", "report"),
     "command": ("command", "report"),
     "gpu": ("gpu", "report"),
+    "merges": ("merges", "report"),
     "convert": ("convert", "report"),
 }
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
+from videofactory_train.contact_sheet import contact_sheet
 from videofactory_train.data.moving_shapes import HELD_OUT, Combination, caption
 from videofactory_train.data.shape_checker import Verdict, check, summarise
 
@@ -43,26 +43,6 @@ def judge(
     return first, verdicts
 
 
-def contact_sheet(clips: dict[Combination, Tensor], columns: int = 3) -> Image.Image:
-    """Four frames of every clip under its words."""
-    cells = []
-    for combination, frames in clips.items():
-        chosen = frames[torch.linspace(0, len(frames) - 1, 4).round().long()]
-        strip = rearrange(chosen, "F H W C -> H (F W) C").mul(255).round().byte().numpy()
-        cell = Image.new("RGB", (strip.shape[1] + 8, strip.shape[0] + 24), "white")
-        cell.paste(Image.fromarray(strip), (4, 18))
-        # White pictures need an edge on a white page.
-        ImageDraw.Draw(cell).rectangle((3, 17, strip.shape[1] + 4, strip.shape[0] + 18), outline="silver")
-        ImageDraw.Draw(cell).text((4, 3), caption(combination), fill="black", font_size=12)
-        cells.append(cell)
-    width, height = cells[0].size
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (width * columns, height * rows), "white")
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (i % columns * width, i // columns * height))
-    return sheet
-
-
 def mosaic(clips: Sequence[Tensor], columns: int = 4) -> Tensor:
     """Clips side by side in one clip `[F, H, W, 3]`."""
     return rearrange(torch.stack(list(clips)), "(R N) F H W C -> F (R H) (N W) C", N=columns)
@@ -74,7 +54,7 @@ def report(path: Path = checkpoint.DEMO, folder: Path = Path("runs/demo-report")
     clips, verdicts = judge(model, HELD_OUT, SEEDS)
     shares = summarise(verdicts)
     folder.mkdir(parents=True, exist_ok=True)
-    contact_sheet(clips).save(folder / "held-out.png", optimize=True)
+    contact_sheet({caption(words): clip for words, clip in clips.items()}).save(folder / "held-out.png", optimize=True)
     write_video(folder / "held-out.gif", mosaic([clips[combination] for combination in SAMPLE]), model.config.fps)
     print(f"{len(verdicts)} clips of {len(HELD_OUT)} held-out combinations, torch {torch.__version__}")
     for name, share in shares.items():

@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from videofactory_train.denoiser import Denoiser, Latents, latent_batches
-from videofactory_train.loop import State
-from videofactory_train.recipe import read_recipe, run_recipe
+from videofactory_train.denoiser import LatentBatches, Latents
+from videofactory_train.run import run_recipe
+from videofactory_train.state import States
 
 from videofactory_core import checkpoint, upscaler
-from videofactory_core.config import PRESETS
-from videofactory_core.diffusion import Schedule
-from videofactory_core.text import TextEncoder
-from videofactory_core.unet.model import VideoUNet
-
-RECIPES = Path(__file__).parent.parent / "train" / "recipes"
+from videofactory_core.objective import Process
 
 TINY = """
 title = "tiny"
@@ -57,6 +51,13 @@ learning_rate = 1e-3
 """
 
 
+def made(recipe: Path, resume: bool = False) -> Path:
+    """What a recipe makes."""
+    output = run_recipe(recipe, resume=resume)
+    assert output is not None
+    return output
+
+
 def write_recipe(folder: Path, text: str = TINY) -> Path:
     path = folder / "tiny.toml"
     path.write_text(text.replace("{folder}", folder.as_posix()))
@@ -64,8 +65,7 @@ def write_recipe(folder: Path, text: str = TINY) -> Path:
 
 
 def test_run_trains_every_part_and_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    output = run_recipe(write_recipe(tmp_path))
-    model = checkpoint.load(output)
+    model = checkpoint.load(made(write_recipe(tmp_path)))
     assert model.metadata.licence == "Apache-2.0"
     assert model.config.unet.merge == "swap"
     # The latent scale is measured, not the default.
@@ -81,10 +81,12 @@ def test_run_trains_every_part_and_writes_a_checkpoint_that_loads(tmp_path: Path
 
 def test_second_start_goes_on_behind_finished_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
-    first = run_recipe(recipe).read_bytes()
+    first = made(recipe).read_bytes()
     (tmp_path / "3-swap.safetensors").unlink()
     capsys.readouterr()
-    assert run_recipe(recipe).read_bytes() == first
+    with pytest.raises(ValueError, match="--resume"):
+        run_recipe(recipe)
+    assert made(recipe, resume=True).read_bytes() == first
     printed = capsys.readouterr().out
     assert "2-addition: found" in printed
     assert "3-swap  step 3/3" in printed
@@ -102,24 +104,25 @@ def test_an_interrupted_stage_goes_on_with_the_same_bytes(
         "steps = 2\n", "steps = 2\nsave_every = 1\n"
     )
     (tmp_path / "whole").mkdir()
-    whole = run_recipe(write_recipe(tmp_path / "whole", text)).read_bytes()
+    whole = made(write_recipe(tmp_path / "whole", text)).read_bytes()
     (tmp_path / "parts").mkdir()
     recipe = write_recipe(tmp_path / "parts", text)
-    save = State.save
+    save = States.save
 
-    def save_and_stop(self: State, losses: list[float]) -> None:
-        save(self, losses)
-        if self.path.name.startswith(name):
+    def save_and_stop(self: States, step: int, progress: dict[str, Any]) -> bool:
+        saved = save(self, step, progress)
+        if self.name == name:
             raise Interrupted
+        return saved
 
     with monkeypatch.context() as patch:
-        patch.setattr(State, "save", save_and_stop)
+        patch.setattr(States, "save", save_and_stop)
         with pytest.raises(Interrupted):
             run_recipe(recipe)
     capsys.readouterr()
-    assert run_recipe(recipe).read_bytes() == whole
+    assert made(recipe, resume=True).read_bytes() == whole
     assert f"{name}  going on from step 1" in capsys.readouterr().out
-    assert not list((tmp_path / "parts").glob("*.state.*"))
+    assert not list((tmp_path / "parts" / "states").iterdir())
 
 
 def test_losses_repeat_under_a_seed(tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_losses_repeat_under_a_seed(tmp_path: Path) -> None:
 )
 def test_batches_hold_single_frames_of_the_opening_or_clips(opening: int | None, stride: int, frames: set[int]) -> None:
     numbers = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(6, 4, 5, 2, 2)
-    batches = latent_batches(Latents(numbers, torch.zeros(6, 77)), 8, opening, stride, seed=0, first=0)
+    batches = LatentBatches(Latents(numbers, torch.zeros(6, 77)), 8, opening, stride, 0, Process())(0)
     latents = [next(batches).latents for _ in range(20)]
     assert {batch.shape[2] for batch in latents} == {len(frames) if opening is None else 1}
     assert {int(number) for batch in latents for number in batch.unique()} == frames
@@ -157,39 +160,8 @@ def test_a_stage_may_leave_the_text_encoder_as_it_is(tmp_path: Path) -> None:
     assert not all(torch.equal(during[key], before[key]) for key in before if key.startswith("unet."))
 
 
-class Levels(VideoUNet):
-    """A network that notes the time steps it is asked at."""
-
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, **_: Any) -> Tensor:
-        self.seen = timesteps
-        return x * next(self.parameters()).mean()
-
-
-@pytest.mark.parametrize(
-    ("shift", "part"), [(1.0, (0.0, 1.0)), (1.0, (0.55, 0.8)), (6.0, (0.0, 1.0)), (3.0, (0.5, 1.0))]
-)
-def test_noise_levels_are_drawn_where_the_recipe_says(shift: float, part: tuple[float, float]) -> None:
-    config = PRESETS["debug"]
-    model = Denoiser(Levels(config.unet), TextEncoder(config.text))
-    tokens = torch.zeros(4000, 1, 77, dtype=torch.long)
-    torch.manual_seed(0)
-    batch = Latents(torch.zeros(4000, 4, 1, 1, 1), tokens)
-    model.loss(batch, Schedule.from_config(config.diffusion), 0.1, shift, part, tokens[:1])
-    shares = model.unet.seen / 1000
-    assert shares.min() >= part[0]
-    assert shares.max() < part[1]
-    # The median of the uniform share, 1/2, is moved to s / (s + 1).
-    median = part[0] + (part[1] - part[0]) * shift / (shift + 1)
-    assert float(shares.median()) == pytest.approx(median, abs=0.02)
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
-def test_shipped_recipes_can_be_read(path: Path) -> None:
-    assert read_recipe(path).licence == "Apache-2.0"
-
-
 def test_an_upscaler_is_trained_for_a_model(tmp_path: Path) -> None:
-    source = run_recipe(write_recipe(tmp_path))
+    source = made(write_recipe(tmp_path))
     recipe = tmp_path / "x4.toml"
     recipe.write_text(
         f"""
@@ -211,14 +183,14 @@ batch_size = 4
 learning_rate = 1e-3
 """
     )
-    model = upscaler.load(run_recipe(recipe))
+    model = upscaler.load(made(recipe))
     assert model(torch.rand(1, 3, 8, 16)).shape == (1, 3, 32, 64)
     losses = json.loads((tmp_path / "x4" / "upscaler.losses.json").read_text())
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
 def test_a_lora_is_trained_on_a_model_that_stays_as_it_is(tmp_path: Path) -> None:
-    source = run_recipe(write_recipe(tmp_path))
+    source = made(write_recipe(tmp_path))
     before = source.read_bytes()
     recipe = tmp_path / "lora.toml"
     recipe.write_text(
@@ -242,13 +214,10 @@ batch_size = 2
 learning_rate = 1e-2
 """
     )
-    weights = load_file(run_recipe(recipe))
+    weights = load_file(made(recipe))
     assert all(key.startswith("diffusion_model.") for key in weights)
     assert any(".merge." in key and "lora_up" in key and value.any() for key, value in weights.items())
     assert source.read_bytes() == before
-    recipe.write_text(recipe.read_text().replace("rank = 2", "rank = 0"))
-    with pytest.raises(ValueError, match="rank"):
-        run_recipe(recipe)
 
 
 @pytest.mark.parametrize(
@@ -256,21 +225,20 @@ learning_rate = 1e-2
     [
         ('preset = "debug"', 'preset = "none"', "preset"),
         ("clips = 8\n", "", "clips"),
-        ("steps = 3", 'steps = "3"', "steps"),
-        ("steps = 3", "stepz = 3", "stepz"),
-        ('title = "tiny"', "title =", "TOML"),
         ('kind = "swap"', 'kind = "addition"', "swap"),
         ('kind = "images"', 'kind = "images"\nopening = 0.0', "opening"),
-        ('kind = "images"', 'kind = "images"\nopening = 1.5', "opening"),
         ('kind = "addition"', 'kind = "addition"\nframe_stride = 0', "frame_stride"),
         ('kind = "images"', 'kind = "images"\ntimestep_range = [0.5, 0.5]', "timestep_range"),
-        ('kind = "images"', 'kind = "images"\ntimestep_range = [0.5, 1.5]', "timestep_range"),
+        ('precision = "no"', 'precision = "fp16"', "precision"),
+        ('precision = "no"', 'device = "cuda"', "device"),
     ],
 )
 def test_recipes_that_cannot_be_used_are_refused_in_a_sentence(
     tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     assert old in TINY
+    if 'device = "cuda"' in new and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match=message):
         run_recipe(write_recipe(tmp_path, TINY.replace(old, new)))
     assert not list(tmp_path.glob("*.safetensors"))

@@ -15,10 +15,12 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from videofactory_core import video
-from videofactory_core.video import check_writable, read_metadata, read_video, write_video
+from videofactory_core.video import Probe, check_writable, probe, read_frames, read_metadata, read_video, write_video
 
 SUFFIXES = (".mp4", ".webm", ".gif")
 METADATA = {
@@ -69,6 +71,20 @@ def encode(path: Path, arrays: list[Any], array_format: str, codec: str, **setti
             frame.pts, frame.time_base = time, Fraction(1, 10)
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
+
+
+def turn_header(path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Give an .mp4 without display matrix the matrix `a b c d`."""
+    a, b, c, d = matrix
+    # The track header's matrix a b u, c d v, x y w in 16.16 and 2.30 fixed point, big-endian.
+    numbers = ([1, 0, 0, 0, 1, 0, 0, 0, 1 << 14], [a, b, 0, c, d, 0, 0, 0, 1 << 14])
+    plain, turned = (np.array(n, dtype=">i4") * (1 << 16) for n in numbers)
+    data = path.read_bytes()
+    header = data.index(b"tkhd")
+    assert data.count(plain.astype(">i4").tobytes(), header) == 1
+    path.write_bytes(
+        data[:header] + data[header:].replace(plain.astype(">i4").tobytes(), turned.astype(">i4").tobytes())
+    )
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -253,16 +269,7 @@ def test_frames_are_turned_as_the_file_asks(
     path = tmp_path / "clip.mp4"
     write_video(path, smooth_clip(2, 32, 48), 8)
     stored = read_video(path).frames
-    a, b, c, d = matrix
-    # The track header's matrix a b u, c d v, x y w in 16.16 and 2.30 fixed point, big-endian.
-    numbers = ([1, 0, 0, 0, 1, 0, 0, 0, 1 << 14], [a, b, 0, c, d, 0, 0, 0, 1 << 14])
-    plain, turned = (np.array(n, dtype=">i4") * (1 << 16) for n in numbers)
-    data = path.read_bytes()
-    header = data.index(b"tkhd")
-    assert data.count(plain.astype(">i4").tobytes(), header) == 1
-    path.write_bytes(
-        data[:header] + data[header:].replace(plain.astype(">i4").tobytes(), turned.astype(">i4").tobytes())
-    )
+    turn_header(path, matrix)
     # rot90 turns against the clock.
     expected = stored.flip(2) if mirrored else stored.rot90(turns, (1, 2))
     assert torch.equal(read_video(path).frames, expected)
@@ -299,6 +306,334 @@ def test_a_file_without_duration_is_read(tmp_path: Path) -> None:
     back = read_video(tmp_path / "clip.webm")
     assert back.frames.shape == (6, 32, 32, 3)
     assert back.fps == pytest.approx(10)
+
+
+# Reading by time
+
+B_FRAMES = {"bf": "3", "g": "24"}
+
+
+def numbered(number: int, width: int = 128, height: int = 32) -> Any:
+    """A picture `[H, W, 3]` with its number in eight bars, black or white; the lowest bit is on the left."""
+    bits = np.repeat([255 * (number >> bit & 1) for bit in range(8)], width // 8).astype(np.uint8)
+    return np.broadcast_to(bits[None, :, None], (height, width, 3)).copy()
+
+
+def numbers(frames: Tensor) -> list[int]:
+    """What `numbered` drew, at any size."""
+    _, height, width, _ = frames.shape
+    bars = [frames[:, height // 2, (2 * bit + 1) * width // 16].float().mean(-1) > 128 for bit in range(8)]
+    return [sum(int(bar[i]) << bit for bit, bar in enumerate(bars)) for i in range(len(frames))]
+
+
+def encode_numbered(path: Path, codec: str = "libx264", count: int = 90, rate: int = 30, **settings: Any) -> None:
+    """Frames by another writer: `first` number, `size`, `options`, `pixel_aspect`, `pts` at `clock` ticks a second."""
+    with av.open(str(path), "w") as file:
+        # Black and white bars would make every frame a key frame.
+        options = {"sc_threshold": "0"} if codec == "libx264" else {}
+        stream = file.add_stream(codec, rate=rate, options={**options, **settings.get("options", {})})
+        stream.width, stream.height = settings.get("size", (128, 32))
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, settings.get("clock", rate))
+        if "pixel_aspect" in settings:
+            stream.sample_aspect_ratio = settings["pixel_aspect"]
+        for number, pts in zip(range(count), settings.get("pts", range(count)), strict=True):
+            picture = numbered(settings.get("first", 0) + number, stream.width, stream.height)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = pts, Fraction(1, settings.get("clock", rate))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "settings"),
+    [
+        ("clip.mp4", "libx264", {"options": B_FRAMES}),
+        ("long.mp4", "libx264", {"options": {"bf": "3", "g": "250"}}),
+        ("open.mp4", "libx264", {"options": {**B_FRAMES, "x264-params": "open-gop=1"}}),
+        ("refresh.mp4", "libx264", {"options": {"g": "24", "x264-params": "intra-refresh=1"}}),
+        ("late.mp4", "libx264", {"options": B_FRAMES, "pts": range(40, 130)}),
+        ("clip.mov", "mpeg4", {"options": B_FRAMES}),
+        ("clip.mkv", "libx264", {"options": B_FRAMES}),
+        ("clip.webm", "libvpx-vp9", {"options": {"g": "24", "cpu-used": "8", "deadline": "realtime"}}),
+        ("clip.ts", "libx264", {"options": B_FRAMES}),
+        ("open.ts", "libx264", {"options": {**B_FRAMES, "x264-params": "open-gop=1"}}),
+        ("refresh.ts", "libx264", {"options": {"g": "24", "x264-params": "intra-refresh=1"}}),
+        ("clip.mpg", "mpeg2video", {"options": B_FRAMES}),
+        ("clip.flv", "libx264", {"options": B_FRAMES}),
+        ("clip.avi", "libx264", {"options": B_FRAMES}),
+        ("clip.h264", "libx264", {"options": B_FRAMES, "rate": 25}),
+    ],
+)
+def test_frames_are_found_by_their_time(name: str, codec: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / name
+    encode_numbered(path, codec, **settings)
+    rate = settings.get("rate", 30)
+    for start in (0.0, 1.3, 2.1):
+        for fps in (8.0, 10.0, 24.0, rate):
+            times = [start + k / fps for k in range(5)]
+            expected = [int(time * rate + 1e-6) for time in times]
+            assert numbers(read_frames(path, times)) == expected, (start, fps)
+            assert numbers(read_frames(path.read_bytes(), times)) == expected, (start, fps)
+    found = probe(path)
+    assert (found.width, found.height, found.frames) == (128, 32, 90)
+    assert found.fps == pytest.approx(rate, rel=1e-3)
+    assert found.duration == pytest.approx(90 / rate, abs=2e-3)
+    assert found.timed is (path.suffix not in (".avi", ".h264"))
+    assert probe(path.read_bytes()) == found
+
+
+@pytest.mark.parametrize("mode", ["open-gop=1", "intra-refresh=1"])
+@pytest.mark.parametrize("suffix", [".mp4", ".ts"])
+def test_a_frame_is_the_same_whichever_way_it_is_reached(suffix: str, mode: str, tmp_path: Path) -> None:
+    """A textured picture moves, so that nearly all of a frame comes from those before it."""
+    texture = np.random.default_rng(0).integers(0, 256, (16, 64, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    frames = [np.ascontiguousarray(texture[:, i : i + 128]) for i in range(90)]
+    path = tmp_path / f"clip{suffix}"
+    options = {"g": "24", "bf": "3", "x264-params": mode}
+    encode(path, frames, "rgb24", "libx264", pixel_format="yuv420p", options=options)
+    # The rate is 10, and a little later avoids rounding.
+    whole = read_frames(path, [i / 10 + 1e-3 for i in range(90)])
+    for i in range(20, 90, 3):
+        assert torch.equal(read_frames(path, [i / 10 + 1e-3])[0], whole[i]), i
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_frames_of_a_variable_rate_stand_as_long_as_they_are_shown(suffix: str, tmp_path: Path) -> None:
+    pts = np.cumsum([0, *np.random.default_rng(1).integers(8, 120, 89)]).tolist()
+    path = tmp_path / f"clip{suffix}"
+    encode_numbered(path, pts=pts, clock=1000, options=B_FRAMES)
+    for start in (0, 700, 2900):
+        wanted = range(start, start + 1500, 50)
+        # Half a millisecond later, because .ts rounds to other fractions of a second.
+        shown = numbers(read_frames(path, [milliseconds / 1000 + 5e-4 for milliseconds in wanted]))
+        assert shown == [int(np.searchsorted(pts, milliseconds, side="right")) - 1 for milliseconds in wanted]
+    found = probe(path)
+    # How long the last frame stands is not always in the file.
+    assert found.duration == pytest.approx(pts[-1] / 1000, abs=0.15)
+    assert (found.frames, found.fps) == (90, pytest.approx(90 / found.duration, rel=0.01))
+
+
+def test_a_gif_is_read_by_its_delays(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.gif", torch.stack([torch.from_numpy(numbered(i)) for i in range(30)]), 24)
+    assert numbers(read_frames(tmp_path / "clip.gif", [i / 24 for i in range(30)])) == list(range(30))
+    assert numbers(read_frames(tmp_path / "clip.gif", [i / 8 for i in range(10)])) == list(range(0, 30, 3))
+    assert probe(tmp_path / "clip.gif").frames == 30
+
+
+@pytest.mark.skipif(int(av.__version__.split(".")[0]) < 15, reason="copies no streams of this kind")
+@pytest.mark.parametrize("key_frame", [20, 21])
+def test_what_an_edit_list_hides_is_not_there(key_frame: int, tmp_path: Path) -> None:
+    """A part from 25 on, cut without encoding: what comes before is only decoded, or missing with its key frame."""
+    path = tmp_path / "part.mp4"
+    encode_numbered(tmp_path / "whole.mp4", count=60, rate=10, options={"g": "20", "bf": "2"})
+    with (
+        av.open(str(tmp_path / "whole.mp4")) as whole,
+        av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as part,
+    ):
+        source = whole.streams.video[0]
+        target = part.add_stream_from_template(source)
+        shift = int(2.5 / source.time_base)
+        for packet in whole.demux(source):
+            if packet.pts is not None and packet.pts * source.time_base * 10 >= key_frame:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
+                part.mux(packet)
+    first = 25 if key_frame == 20 else 40
+    assert numbers(read_frames(path, [i / 10 for i in range(60 - first)])) == list(range(first, 60))
+    for start in (1.2, 1.5, 1.8):
+        assert numbers(read_frames(path, [start, start + 0.1])) == [round(first + 10 * start + i) for i in range(2)]
+    found = probe(path)
+    assert (found.frames, found.duration) == (60 - first, pytest.approx(6 - first / 10))
+
+
+def test_without_a_duration_the_frames_are_counted(tmp_path: Path) -> None:
+    encode_numbered(tmp_path / "clip.webm", "libvpx-vp9", count=20, rate=10)
+    data = (tmp_path / "clip.webm").read_bytes()
+    duration = data.index(b"\x44\x89\x88")
+    data = data[:duration] + b"\xec\x89" + bytes(9) + data[duration + 11 :]
+    found = probe(data)
+    assert (found.frames, found.fps, found.duration) == (20, pytest.approx(10), pytest.approx(2))
+    assert numbers(read_frames(data, [1.5, 1.9])) == [15, 19]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turned"),
+    [((0, 1, -1, 0), True), ((-1, 0, 0, -1), False), ((0, -1, 1, 0), True), ((-1, 0, 0, 1), False)],
+)
+def test_turned_frames_are_cut_and_scaled_as_they_are_shown(
+    matrix: tuple[int, int, int, int], turned: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, smooth_clip(2, 64, 96), 8)
+    turn_header(path, matrix)
+    shown = read_video(path).frames
+    assert torch.equal(read_frames(path, [0, 0.125]), (shown * 255).round().to(torch.uint8))
+    assert (probe(path).height, probe(path).width) == tuple(shown.shape[1:3]) == ((96, 64) if turned else (64, 96))
+    # First 64 x 48 remain of 64 x 96, or 86 x 64 of 96 x 64, then 48 x 48 or 64 x 64.
+    side = 48 if turned else 64
+    top, left = (shown.shape[1] - side) // 2, (shown.shape[2] - side) // 2
+    middle = shown[:, top : top + side, left : left + side].permute(0, 3, 1, 2)
+    expected = F.avg_pool2d(middle, 2).permute(0, 2, 3, 1)
+    small = read_frames(path, [0, 0.125], size=(side // 2, side // 2), crop=4 / 3)
+    assert (small / 255 - expected).abs().max() <= 6 / 255
+
+
+def test_pictures_are_cut_about_their_middle(tmp_path: Path) -> None:
+    """Of eight bars the fourth and the fifth are white."""
+    write_video(tmp_path / "clip.mp4", torch.from_numpy(numbered(0b11000)).unsqueeze(0), 8)
+    for size, crop, bars in (
+        (None, None, [0, 0, 0, 1, 1, 0, 0, 0]),
+        (None, 2.0, [0, 1, 1, 0]),
+        (None, 1.0, [1, 1]),
+        ((24, 8), None, [0, 0, 1, 1, 0, 0]),
+        ((8, 8), None, [1, 1]),
+        ((32, 16), 3.0, [0, 1, 1, 0]),
+        ((48, 16), 2.0, [0, 1, 1, 0]),
+        ((16, 32), None, [1]),
+    ):
+        frame = read_frames(tmp_path / "clip.mp4", [0], size, crop)[0]
+        assert size is None or frame.shape == (size[1], size[0], 3)
+        # The middle column of each bar, since their borders are blurred.
+        middles = (torch.arange(len(bars)) * 2 + 1) * frame.shape[1] // (2 * len(bars))
+        found = (frame[:, middles].float().mean(dim=(0, 2)) / 255).tolist()
+        assert found == pytest.approx(bars, abs=0.2), (size, crop)
+
+
+@pytest.mark.parametrize(("aspect", "shown"), [(Fraction(2), (192, 48)), (Fraction(1, 2), (96, 96))])
+def test_pixels_become_square(aspect: Fraction, shown: tuple[int, int], tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    encode_numbered(path, count=1, first=0b11000, size=(96, 48), pixel_aspect=aspect)
+    assert read_video(path).frames.shape == (1, 48, 96, 3)
+    assert (probe(path).width, probe(path).height) == shown
+    assert read_frames(path, [0]).shape == (1, shown[1], shown[0], 3)
+    # The middle quarter of the width is white.
+    white = read_frames(path, [0], crop=shown[0] / shown[1] / 4)
+    assert white.shape == (1, shown[1], shown[0] // 4, 3)
+    assert white[:, :, 2:-2].float().mean() > 240
+    # Turned afterwards.
+    turn_header(path, (0, 1, -1, 0))
+    assert (probe(path).height, probe(path).width) == shown
+    assert read_frames(path, [0]).shape == (1, *shown, 3)
+    assert torch.equal(read_frames(path, [0], crop=4 * shown[1] / shown[0]), white.rot90(3, (1, 2)))
+
+
+def test_transparent_parts_leave_no_seam_when_scaled(tmp_path: Path) -> None:
+    """What is transparent is white below, and would shine through where it is scaled before it is put over black."""
+    pixels = np.full((64, 64, 4), 255, np.uint8)
+    pixels[:, :32] = 255, 255, 255, 0
+    pixels[:, 32:] = 0, 0, 0, 255
+    encode(tmp_path / "clip.mov", [pixels], "rgba", "png")
+    assert read_frames(tmp_path / "clip.mov", [0]).max() == 0
+    assert read_frames(tmp_path / "clip.mov", [0], size=(21, 21)).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("a.png", 0), ("a.jpg", 16), ("a.webp", 16), ("a.bmp", 0), ("a.tiff", 0)]
+)
+def test_pictures_are_videos_of_one_frame(name: str, tolerance: int, tmp_path: Path) -> None:
+    picture = (smooth_clip(1, 48, 80)[0] * 255).round().to(torch.uint8)
+    Image.fromarray(picture.numpy()).save(tmp_path / name, quality=95)
+    for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+        assert probe(source) == Probe(80, 48, 1, 0.0, 0.0, True)
+        shown = read_frames(source, [0])
+        assert (shown[0].int() - picture.int()).abs().max() <= tolerance
+        assert read_frames(source, [0], size=(16, 16)).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA", "I;16", "CMYK"])
+def test_pictures_of_other_kinds_are_read(mode: str, tmp_path: Path) -> None:
+    picture = Image.fromarray((smooth_clip(1, 48, 80)[0] * 255).to(torch.uint8).numpy()).convert("L")
+    kind = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    kind.save(path)
+    with Image.open(path) as stored:
+        expected = torch.from_numpy(np.array(picture if mode == "I;16" else stored.convert("RGB")))
+    shown = read_frames(path, [0])[0]
+    assert (shown - expected.reshape(48, 80, -1).int()).abs().max() <= 2
+
+
+def test_a_palette_may_hold_transparent_colours(tmp_path: Path) -> None:
+    picture = Image.new("P", (16, 16), 1)
+    picture.putpalette([0, 0, 0, 250, 240, 230, 40, 50, 60])
+    picture.paste(2, (8, 0, 16, 16))
+    picture.save(tmp_path / "a.png", transparency=1)
+    shown = read_frames(tmp_path / "a.png", [0])[0]
+    assert shown[0, 0].tolist() == [0, 0, 0]
+    assert shown[0, 15].tolist() == [40, 50, 60]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_photographs_are_turned_as_the_camera_says(orientation: int, tmp_path: Path) -> None:
+    photograph = Image.fromarray((smooth_clip(1, 48, 80)[0] * 255).to(torch.uint8).numpy())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    with Image.open(tmp_path / "a.jpg") as stored:
+        expected = torch.from_numpy(np.array(ImageOps.exif_transpose(stored)))
+    shown = read_frames(tmp_path / "a.jpg", [0])[0]
+    assert (probe(tmp_path / "a.jpg").height, probe(tmp_path / "a.jpg").width) == tuple(shown.shape[:2])
+    # Mirrored or turned otherwise, they differ by 200.
+    assert (shown.int() - expected.int()).abs().max() <= 16
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six seconds at 10 frames a second with a key frame every second, the index first."""
+    path = tmp_path_factory.mktemp("noisy") / "clip.mp4"
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as file:
+        stream = file.add_stream("libx264", rate=10, options={"g": "10", "sc_threshold": "0", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for pixels in noise:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_damage_is_found_where_it_is_and_nowhere_else(whole: bool, noisy: Path, tmp_path: Path) -> None:
+    """Frames that are no frames any more, or a few wrong bytes in each, which a decoder only notices in some."""
+    data = bytearray(noisy.read_bytes())
+    generator = np.random.default_rng(0)
+    with av.open(str(noisy)) as file:
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+    for packet in packets[23:30]:
+        start, length = (0, packet.size) if whole else (packet.size // 2, 100)
+        data[packet.pos + start : packet.pos + start + length] = bytes(length) if whole else generator.bytes(length)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    for source in (tmp_path / "damaged.mp4", bytes(data)):
+        for times in ([0.0, 1.0, 2.2], [3.0, 3.5, 5.9]):
+            assert torch.equal(read_frames(source, times), read_frames(noisy, times))
+        message = "cannot be read as a video" if whole else r"is damaged at 2.\d0 seconds"
+        with pytest.raises(ValueError, match=message) as info:
+            read_frames(source, [2.0, 2.9])
+        assert "\n" not in str(info.value)
+
+
+def test_a_video_that_stops_too_early_is_read_up_to_there(noisy: Path, tmp_path: Path) -> None:
+    data = noisy.read_bytes()
+    (tmp_path / "half.mp4").write_bytes(data[: len(data) // 2])
+    assert probe(tmp_path / "half.mp4").duration == 6
+    assert len(read_frames(tmp_path / "half.mp4", [0, 1, 2])) == 3
+    with pytest.raises(ValueError, match=r"half\.mp4"):
+        read_frames(tmp_path / "half.mp4", [0, 1, 5])
+    with pytest.raises(ValueError, match=r"clip.mp4 ends after 6.00 seconds, not after 7.00"):
+        read_frames(noisy, [0, 7])
+
+
+def test_what_holds_no_frames_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    session = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    session += b"a=rtpmap:96 H264/90000\n"
+    playlist = b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n"
+    for data in (b"", b"this is a letter, not a video\n" * 20, session, playlist):
+        (tmp_path / "clip.mp4").write_bytes(data)
+        for read in (probe, lambda source: read_frames(source, [0])):
+            with pytest.raises(ValueError, match=r"the file in memory cannot be read as a video \(Invalid data"):
+                read(data)
+            with pytest.raises(ValueError, match=r"clip\.mp4 cannot be read as a video \(Invalid data"):
+                read(tmp_path / "clip.mp4")
+            with pytest.raises(FileNotFoundError, match="is not a file: check the name"):
+                read(tmp_path / "other.mp4")
 
 
 # Failures

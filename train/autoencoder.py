@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from videofactory_core.autoencoder import Autoencoder
+from videofactory_core.objective import Process
 
 from .data.moving_shapes import MovingShapes
 
@@ -24,11 +25,11 @@ class AutoencoderLoss:
     object_weight: float = 9.0
     kl_weight: float = 1e-6
 
-    def __call__(self, autoencoder: Autoencoder, frames: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, autoencoder: Autoencoder, frames: Tensor, mask: Tensor, process: Process) -> Tensor:
         """Weighted L1 and L2 on `frames [N, 3, H, W]` in -1..1 plus KL; `mask [N, 1, H, W]` marks the object."""
         mean, logvar = autoencoder.encode_moments(frames)
         mean, logvar = mean.float(), logvar.float()
-        latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        latents = mean + (0.5 * logvar).exp() * process.normal(mean)
         error = autoencoder.decode_frames(latents).float() - frames
         weight = 1 + (self.object_weight - 1) * mask
         reconstruction = (weight * (error.abs() + error.square())).mean()
@@ -36,12 +37,26 @@ class AutoencoderLoss:
         return reconstruction + self.kl_weight * kl
 
 
+class AutoencoderTraining(nn.Module):
+    """The autoencoder whose forward is its loss on a batch of `frame_batches`."""
+
+    def __init__(self, autoencoder: Autoencoder, loss: AutoencoderLoss, process: Process) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.loss = loss
+        self.process = process
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        device = next(self.parameters()).device
+        return self.loss(self.autoencoder, batch[0].to(device), batch[1].to(device), self.process)
+
+
 def frame_batches(
-    clips: MovingShapes, batch_size: int, frames_per_clip: int, workers: int, first: int
+    clips: MovingShapes, batch_size: int, frames_per_clip: int, workers: int, first: int, process: Process
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from number `first` on: `batch_size` frames `[N, 3, H, W]` and object masks `[N, 1, H, W]`."""
+    """This process's batches from number `first` on: `batch_size` frames `[N, 3, H, W]`, their masks `[N, 1, H, W]`."""
     clips_a_batch = max(1, batch_size // frames_per_clip)
-    order = range(first * clips_a_batch, len(clips))
+    order = process.items(clips_a_batch, first, len(clips))
     loader = DataLoader(clips, batch_size=clips_a_batch, sampler=order, num_workers=workers, drop_last=True)
     for clip in loader:
         video = rearrange(clip["video"], "B C F H W -> (B F) C H W")

@@ -17,26 +17,29 @@ examples:
   videofactory generate "a red circle moving right on a black background"
   videofactory generate "a blue square moving up on a white background" --seed 7 --out square.gif
   videofactory inspect model.safetensors
-  videofactory train train/recipes/demo.toml
+  videofactory data check clips --sheet clips.jpg
+  videofactory train train/recipes/lora-12gb.toml --dry-run
   videofactory fetch animatediff-v3
   videofactory convert --base sd15.safetensors --motion v3_sd15_mm.ckpt --out clip15.safetensors
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 2 something that the user can mend, 130 interrupted."""
+    """Run the command; returns its exit code.
+
+    0 done, 1 a check that found too much, 2 something that the user can mend, 130 interrupted.
+    """
     options = build_parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_, **__: print(f"videofactory: warning: {message}", file=sys.stderr)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError) as error:
         sentence = " ".join(str(error).split())
         print(f"videofactory: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("videofactory: interrupted", file=sys.stderr)
+        print(f"videofactory: interrupted{options.after_interrupt}", file=sys.stderr)
         return 130
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(after_interrupt="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="make a video from a prompt", description="Make a video.")
@@ -134,7 +138,34 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model", description="Train what a recipe (TOML) says.")
     train.add_argument("recipe", type=Path)
-    train.set_defaults(run=run_train)
+    train.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="take two steps, and say how long the recipe will take and how much memory",
+    )
+    train.set_defaults(run=run_train, after_interrupt="; --resume goes on from the last state")
+
+    data = commands.add_parser("data", help="look at what would be trained on", description="Look at training data.")
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    check = kinds.add_parser(
+        "check",
+        help="say of every clip how it would be used, or why not",
+        description="Say of every clip how it would be used, or why not. Exit code 1 when too many are left out.",
+    )
+    check.add_argument("path", type=Path, help="a recipe (.toml), or a folder, metadata.jsonl, .csv, .parquet or .tar")
+    check.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="whose length, size and rate to use for a folder"
+    )
+    check.add_argument("--sheet", type=Path, metavar="FILE", help="picture to write with frames of every clip")
+    check.add_argument(
+        "--max-dropped",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of clips that may be left out (default: %(default)s)",
+    )
+    check.set_defaults(run=run_data_check)
     return parser
 
 
@@ -255,9 +286,9 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """Train a recipe."""
-    from .recipe import run_recipe
+    from .run import run_recipe
 
-    print(run_recipe(options.recipe))
+    run_recipe(options.recipe, resume=options.resume, dry_run=options.dry_run)
 
 
 def check_result(out: Path, inputs: list[Path], verb: str) -> None:
@@ -327,3 +358,24 @@ def run_fetch(options: argparse.Namespace) -> None:
     print(weight.notice, flush=True)
     for path in fetch(weight, options.to or models_folder()):
         print(path)
+
+
+def run_data_check(options: argparse.Namespace) -> int:
+    """Say how data would be used; exit code 1 when too much of it would not be."""
+    from videofactory_core import checkpoint
+
+    from .data.check import check
+    from .data.samples import DatasetConfig
+    from .recipe import TuningRecipe, read_recipe
+
+    path, model = options.path, options.checkpoint or checkpoint.DEMO
+    datasets = [DatasetConfig(path=str(path))]
+    if path.suffix == ".toml":
+        recipe = read_recipe(path)
+        if not isinstance(recipe, TuningRecipe) or not recipe.datasets:
+            raise ValueError(f"{path} trains on no datasets: name a recipe with [[datasets]], or a folder of clips")
+        stages = getattr(recipe, "stages", ())
+        datasets = [*recipe.datasets, *(dataset for stage in stages for dataset in stage.datasets)]
+        model = options.checkpoint or recipe.checkpoint
+    config = checkpoint.check(model)[0].config
+    return int(check(datasets, config, sheet=options.sheet) > options.max_dropped)

@@ -1,10 +1,12 @@
-"""Training the U-Net and its text encoder on cached latents: eps or v prediction with caption dropout."""
+"""Training the U-Net, and with it its text encoder or a LoRA, on latents: eps or v prediction with caption dropout."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from videofactory_core.adapters import Adapter
 from videofactory_core.autoencoder import Autoencoder
 from videofactory_core.config import ModelConfig, UNetConfig
 from videofactory_core.diffusion import Schedule
+from videofactory_core.objective import Objective, Process
 from videofactory_core.text import TextEncoder, Tokenizer, pad_token
 from videofactory_core.unet.model import VideoUNet
 
+from .data.batches import Batch
 from .data.moving_shapes import MovingShapes
 
 
@@ -37,7 +42,7 @@ def encode_clips(
     tokenizer = Tokenizer(pad_token(config.text), config.text.max_tokens)
     latents, tokens = [], []
     loader = DataLoader(clips, batch_size=4, num_workers=workers)
-    for batch in tqdm(loader, desc="encode clips", unit_scale=4, unit="clip"):
+    for batch in tqdm(loader, desc="encode clips", unit_scale=4, unit="clip", disable=None):
         with accelerator.autocast():
             encoded = autoencoder.encode(batch["video"].to(accelerator.device), chunk=64)
         latents.append(encoded.to(torch.float16).cpu())
@@ -50,59 +55,126 @@ def spatial_only(config: UNetConfig) -> UNetConfig:
     return replace(config, temporal_conv=False, temporal_attention=False, temporal_skips=False)
 
 
-def latent_batches(
-    data: Latents, batch_size: int, opening: int | None, frame_stride: int, seed: int, first: int
-) -> Iterator[Latents]:
-    """Random batches from number `first` on.
+@dataclass(frozen=True)
+class LatentBatches:
+    """Random batches of `data` for all processes, of which each takes its rows.
 
     One of the first `opening` frames of each clip, or with None every `frame_stride`-th frame of it.
     """
-    for number in itertools.count(first):
-        generator = torch.Generator().manual_seed((seed << 32) + number)
-        chosen = torch.randint(len(data.latents), (batch_size,), generator=generator)
-        latents = data.latents[chosen]
-        if opening is not None:
-            frame = torch.randint(opening, (batch_size,), generator=generator)
-            latents = latents[torch.arange(batch_size), :, frame].unsqueeze(2)
-        else:
-            latents = latents[:, :, ::frame_stride]
-        yield Latents(latents.float(), data.tokens[chosen])
+
+    data: Latents
+    batch_size: int
+    opening: int | None
+    frame_stride: int
+    seed: int
+    process: Process
+
+    def __call__(self, first: int) -> Iterator[Latents]:
+        """This process's part of batch number `first` and of those behind it."""
+        whole = self.process.world * self.batch_size
+        for number in itertools.count(first):
+            generator = torch.Generator().manual_seed((self.seed << 32) + number)
+            chosen = self.process.rows(torch.randint(len(self.data.latents), (whole,), generator=generator))
+            latents = self.data.latents[chosen]
+            if self.opening is not None:
+                frame = self.process.rows(torch.randint(self.opening, (whole,), generator=generator))
+                latents = latents[torch.arange(self.batch_size), :, frame].unsqueeze(2)
+            else:
+                latents = latents[:, :, :: self.frame_stride]
+            yield Latents(latents.float(), self.data.tokens[chosen])
+
+
+def frames_in(batch: Latents | Batch) -> int:
+    """How many frames a batch of clips has."""
+    return batch.latents.shape[0] * batch.latents.shape[2]
+
+
+class Question(NamedTuple):
+    """What is asked without a loss: noised `latents [B, C, F, h, w]` at `timesteps [B]`, and `context [B, L, D]`."""
+
+    latents: Tensor
+    timesteps: Tensor
+    context: Tensor
 
 
 class Denoiser(nn.Module):
-    """The two networks that train together: `unet` and `text_encoder`."""
+    """What trains together: `unet`, perhaps the `text_encoder`, perhaps an `adapter` on the U-Net.
 
-    def __init__(self, unet: VideoUNet, text_encoder: TextEncoder) -> None:
+    The tokens of `Latents` go through the text encoder; a `Batch` brings its features. `empty` is what a dropped
+    caption becomes: the tokens `[1, 77]` or the features `[1, 77, D]` of the empty prompt.
+    """
+
+    def __init__(
+        self,
+        unet: VideoUNet,
+        objective: Objective,
+        schedule: Schedule,
+        empty: Tensor,
+        *,
+        text_encoder: TextEncoder | None = None,
+        adapter: Adapter | None = None,
+        process: Process = Process(),  # noqa: B008 (frozen)
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
+        self.adapter = adapter
+        self.objective = objective
+        self.schedule = schedule
+        self.empty = empty
+        self.process = process
 
-    def loss(
-        self,
-        batch: Latents,
-        schedule: Schedule,
-        caption_dropout: float,
-        timestep_shift: float,
-        timestep_range: tuple[float, float],
-        empty: Tensor,
-    ) -> Tensor:
-        """Mean squared error of the network's prediction at a random time step of every clip.
-
-        The share of the schedule `u`, uniform in 0..1, becomes `s u / (1 + (s - 1) u)`: a `timestep_shift` s above 1
-        trains more on high noise, where a clip's many alike frames still show what is in it and its motion is decided.
-        `timestep_range` is the part of the schedule that it then stands for.
-        `empty [1, 77]` are the tokens of the empty prompt that a dropped caption becomes, which is what
-        classifier-free guidance asks for later.
-        """
+    def forward(self, batch: Latents | Batch | Question) -> Tensor:
+        """The loss of a batch: a scalar; or the U-Net's answer to a question."""
+        if isinstance(batch, Question):
+            return self.unet(*batch)
         device = next(self.parameters()).device
-        latents, tokens = batch.latents.to(device), batch.tokens.to(device)
-        dropped = torch.rand(len(tokens), device=device) < caption_dropout
-        tokens = torch.where(dropped[:, None, None], empty.to(device), tokens)
-        share = torch.rand(len(latents), device=device)
-        share = timestep_shift * share / (1 + (timestep_shift - 1) * share)
-        share = timestep_range[0] + (timestep_range[1] - timestep_range[0]) * share
-        timesteps = (share * schedule.num_timesteps).long().clamp_(max=schedule.num_timesteps - 1)
-        noise = torch.randn_like(latents)
-        noisy = schedule.add_noise(latents, noise, timesteps)
-        prediction = self.unet(noisy, timesteps, self.text_encoder(tokens))
-        return (prediction.float() - schedule.target(latents, noise, timesteps)).square().mean()
+        latents = batch.latents.to(device)
+        dropped = self.objective.drops(latents, self.process)[:, None, None]
+        empty = self.empty.to(device)
+        if isinstance(batch, Latents):
+            assert self.text_encoder is not None
+            context = self.text_encoder(torch.where(dropped, empty, batch.tokens.to(device)))
+        else:
+            # Long captions come in chunks, and the empty prompt fills as many.
+            context = batch.context.to(device)
+            context = torch.where(dropped, empty.repeat(1, context.shape[1] // empty.shape[1], 1), context)
+        noised = self.objective.noised(latents, self.schedule, self.process)
+        return self.objective.loss(self.unet(noised.latents, noised.timesteps, context), noised)
+
+
+class Answers(nn.Module):
+    """The U-Net of a denoiser while that trains: asked through it, because FSDP has it in pieces otherwise."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """As `VideoUNet.forward`."""
+        return self.denoiser(Question(latents, timesteps, context))
+
+
+def choose_layers(unet: VideoUNet, layers: str) -> None:
+    """Let those weights of `unet` train whose names `layers`, a regular expression, finds, and no others.
+
+    Raises ValueError when it finds none or is none.
+    """
+    try:
+        pattern = re.compile(layers)
+    except re.error as error:
+        raise ValueError(f"layers: {layers!r} is no regular expression ({error})") from error
+    for name, weight in unet.named_parameters():
+        weight.requires_grad_(pattern.search(name) is not None)
+    if not any(weight.requires_grad for weight in unet.parameters()):
+        raise ValueError(f"layers: no weight of the U-Net has a name with {layers!r} in it")
+
+
+def store_weights(unet: VideoUNet, dtype: torch.dtype | None) -> None:
+    """What trains in float32; matrices and kernels that do not as `dtype`, in which they are multiplied anyway.
+
+    Norms and biases stay in float32 too, because they are calculated in it.
+    """
+    for weight in unet.parameters():
+        small = dtype is not None and not weight.requires_grad and weight.ndim > 1
+        weight.data = weight.data.to(dtype if small else torch.float32)

@@ -67,7 +67,7 @@ def read_table() -> dict[str, Weight]:
 
     path = Path(__file__).with_name("weights.toml")
     entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {name: from_dict(Weight, {"name": name, **entry}, name) for name, entry in entries.items()}
+    return {name: from_dict(Weight, {"name": name, **entry}, (name,)) for name, entry in entries.items()}
 
 
 def find(name: str) -> Weight:
@@ -103,7 +103,7 @@ def fetch(weight: Weight, models: Path) -> list[Path]:
 
 
 def _fetch_file(file: File, path: Path) -> Path:
-    if file.sha256 and path.is_file() and _sha256(path) == file.sha256:
+    if file.sha256 and path.is_file() and checksum(path) == file.sha256:
         return path
     failures = []
     for source in file.sources:
@@ -133,13 +133,13 @@ def _fetch_from(repository: str, inside: str, path: Path, sha256: str) -> None:
         raise ValueError("has another file of this name")
     expected = sha256 or stated
     if path.exists():
-        if found.size not in (None, path.stat().st_size) or (expected and _sha256(path) != expected):
+        if found.size not in (None, path.stat().st_size) or (expected and checksum(path) != expected):
             raise ValueError(f"{path} is in the way and is another file: move it away")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as staging:
         arrived = _download(repository, inside, found.commit_hash, staging, endpoint)
-        if expected and _sha256(arrived) != expected:
+        if expected and checksum(arrived) != expected:
             raise ValueError("sent a damaged file: its checksum is wrong")
         os.replace(arrived, path)
 
@@ -163,7 +163,8 @@ def _is_of_the_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
-def _sha256(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,33 +1,50 @@
-"""A training run as a TOML file: read, check, build, train, save."""
+"""A training run as a TOML file: what can stand in it, and how it is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import partial
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-
-from videofactory_core import adapters, checkpoint, upscaler
-from videofactory_core.config import PRESETS, ModelConfig, from_dict
-from videofactory_core.diffusion import Schedule as NoiseSchedule
-from videofactory_core.text import TextEncoder, Tokenizer, pad_token
-from videofactory_core.unet.model import VideoUNet
+from videofactory_core.config import PRESETS, SettingError, from_dict
+from videofactory_core.objective import Objective
 from videofactory_core.upscaler import UpscalerConfig
 
-from . import autoencoder as autoencoder_training
-from . import denoiser as denoiser_training
-from . import upscaler as upscaler_training
-from .data.moving_shapes import MovingShapes
-from .loop import Schedule, train
+from .autoencoder import AutoencoderLoss
+from .data.samples import DatasetConfig
+from .loop import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every recipe says."""
+
+    title: str
+    licence: str
+    # What it was made from, for those who get the result.
+    origin: str
+    # The file to write; the run's other files lie beside it.
+    output: str
+    seed: int = 0
+    precision: Literal["no", "fp32", "bf16", "fp16"] = "bf16"
+    # Processes that prepare data.
+    workers: int = 1
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    # A project at Weights & Biases to report to; TensorBoard's files are written in any case.
+    wandb: str = ""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} is below 0; use 0 or more")
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers} is no number of processes; use 0 or more")
+        if not self.output.endswith(".safetensors"):
+            raise ValueError(f"output: {self.output!r} would be a file of another kind; end it with .safetensors")
 
 
 @dataclass(frozen=True)
@@ -36,19 +53,15 @@ class AutoencoderStage:
 
     schedule: Schedule
     frames_per_clip: int = 2
-    loss: autoencoder_training.AutoencoderLoss = field(default_factory=autoencoder_training.AutoencoderLoss)
+    loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
 
 
-@dataclass(frozen=True)
-class DenoiserStage:
+@dataclass(frozen=True, kw_only=True)
+class DenoiserStage(Objective):
     """One stage of the U-Net: single frames, clips with addition (the paper's stage 1), or clips with Swap-CA."""
 
     kind: Literal["images", "addition", "swap"]
     schedule: Schedule
-    caption_dropout: float = 0.1
-    timestep_shift: float = 1.0
-    # The part of the noise schedule that is trained, as shares of it.
-    timestep_range: tuple[float, float] = (0.0, 1.0)
     # The text encoder keeps the features that it has.
     freeze_text: bool = False
     # Single frames come from this first share of a clip.
@@ -57,45 +70,37 @@ class DenoiserStage:
     frame_stride: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
-            raise ValueError(f"timestep_range: {list(self.timestep_range)} is no range of shares; use [0.0, 1.0]")
+        super().__post_init__()
         if self.frame_stride < 1:
             raise ValueError(f"frame_stride: {self.frame_stride} is not a number of frames; use 1 or more")
         if not 0 < self.opening <= 1:
             raise ValueError(f"opening: {self.opening} is not a share of a clip; use a number above 0 and at most 1")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A whole run; see `train/recipes/demo.toml` for the meaning of every key."""
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe(Recipe):
+    """A whole model from random weights on drawn clips; see `train/recipes/demo.toml`."""
 
-    title: str
-    licence: str
-    origin: str
     preset: str
-    output: str
     clips: int
     autoencoder: AutoencoderStage
     stages: tuple[DenoiserStage, ...]
-    seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    workers: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
+        if not self.stages or self.stages[-1].kind != "swap":
+            raise ValueError("stages: the last must be of kind 'swap'")
 
 
-@dataclass(frozen=True)
-class UpscalerRecipe:
+@dataclass(frozen=True, kw_only=True)
+class UpscalerRecipe(Recipe):
     """The run that makes an upscaler; see `train/recipes/demo-x4.toml`."""
 
-    title: str
-    licence: str
-    origin: str
-    output: str
     checkpoint: str
     upscaler: UpscalerConfig
     schedule: Schedule
-    seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    workers: int = 1
     patch: int = 32
 
 
@@ -107,30 +112,117 @@ class Layers:
     rank: int
     alpha: float
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank: {self.rank} changes nothing; use 1 or more, such as 16")
+
 
 @dataclass(frozen=True)
-class AdapterRecipe:
-    """The run that makes a LoRA; see `train/recipes/demo-boomerang.toml`."""
+class Samples:
+    """Clips of fixed prompts and seeds that show how far the training is."""
 
-    title: str
-    licence: str
-    origin: str
-    output: str
+    prompts: tuple[str, ...]
+    # They are made before the first step, every so many steps, and at the end.
+    every: int = 250
+    negative_prompt: str = ""
+    steps: int = 25
+    guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or self.every < 1:
+            raise ValueError("prompts: name one or more, and every so many steps (1 or more) they are sampled")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on clips that are not trained on, at fixed noise levels with fixed noise."""
+
+    # So many clips of the datasets are held out, or those of a dataset of their own are taken.
+    clips: int = 1
+    path: str = ""
+    every: int = 100
+    quantiles: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.clips, self.every, self.quantiles) < 1:
+            raise ValueError("clips, every and quantiles of the validation must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRecipe(Recipe):
+    """What recipes have in common that start from a model of ours."""
+
+    # A model file of ours: converted public weights, an earlier result, or the demo.
     checkpoint: str
-    clips: int
+    datasets: tuple[DatasetConfig, ...] = ()
+    # Instead of datasets, so many drawn clips; with `returns` their shapes turn back halfway.
+    clips: int = 0
+    returns: bool = False
+    # Latents and text features are calculated once and kept here; "" is a folder beside the output.
+    cache_directory: str = ""
+    # Without the cache every step decodes and encodes its clips: for data too large for the disk.
+    cache_latents: bool = True
+    # Recompute activations in the backward pass: less than half the memory, a third more time.
+    gradient_checkpointing: bool = False
+    samples: Samples | None = None
+    validation: Validation | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.datasets) == bool(self.clips):
+            raise ValueError("datasets: name one or more folders of clips, or set clips to train on drawn shapes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecipe(TuningRecipe, Objective):
+    """The run that makes a LoRA; see `train/recipes/lora-12gb.toml`."""
+
     adapter: Layers
     schedule: Schedule
-    caption_dropout: float = 0.1
-    timestep_shift: float = 1.0
-    # The drawn shapes turn back halfway.
-    returns: bool = False
-    seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    workers: int = 1
+
+    def __post_init__(self) -> None:
+        TuningRecipe.__post_init__(self)
+        Objective.__post_init__(self)
 
 
-def read_recipe(path: Path) -> Recipe | UpscalerRecipe | AdapterRecipe:
-    """Read and check a recipe; ValueError or OSError with one sentence when it cannot be used."""
+@dataclass(frozen=True, kw_only=True)
+class TuningStage(Objective):
+    """One stage of training weights themselves: with Swap-CA skipped (the paper's stage 1), or on (stages 2 and 3)."""
+
+    schedule: Schedule
+    kind: Literal["addition", "swap"] = "swap"
+    # Weights of the U-Net that train, by a regular expression over their names; "" is all.
+    layers: str = ""
+    # Other data than the recipe's, such as the better part of it.
+    datasets: tuple[DatasetConfig, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(TuningRecipe):
+    """The run that trains the weights of a model further; see `train/recipes/full-24gb.toml`."""
+
+    stages: tuple[TuningStage, ...]
+    # Of the numbers in the file that is written.
+    output_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stages:
+            raise ValueError("stages: name one or more")
+
+
+# Which kind of recipe a file is, by what only that kind has, in this order.
+KINDS: dict[str, type[Recipe]] = {
+    "upscaler": UpscalerRecipe,
+    "adapter": AdapterRecipe,
+    "checkpoint": FinetuneRecipe,
+}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe; ValueError with file, line and one sentence when it cannot be used."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -139,285 +231,62 @@ def read_recipe(path: Path) -> Recipe | UpscalerRecipe | AdapterRecipe:
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}; name a .toml file")
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        data: dict[str, Any] = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    kinds: dict[str, type[UpscalerRecipe | AdapterRecipe]] = {"upscaler": UpscalerRecipe, "adapter": AdapterRecipe}
-    kind: type[Recipe | UpscalerRecipe | AdapterRecipe] = next((kinds[key] for key in kinds if key in data), Recipe)
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    missing = needed - set(data)
-    if missing:
-        raise ValueError(f"{path} lacks the setting {sorted(missing)[0]!r}")
-    recipe = from_dict(kind, data, path.name)
-    if isinstance(recipe, Recipe) and recipe.preset not in PRESETS:
-        raise ValueError(f"{path}: preset {recipe.preset!r} is not one of {', '.join(PRESETS)}")
-    if isinstance(recipe, Recipe) and (not recipe.stages or recipe.stages[-1].kind != "swap"):
-        raise ValueError(f"{path}: the last of the stages must be of kind 'swap'")
-    return recipe
+    kind = next((KINDS[key] for key in KINDS if key in data), ModelRecipe)
+    try:
+        return from_dict(kind, data)
+    except SettingError as error:
+        where = ".".join(str(key) for key in error.keys if isinstance(key, str))
+        raise ValueError(f"{path}, line {line_of(text, error.keys)}: {where}: {error.problem}") from error
 
 
-class Folder:
-    """Where a run works: every finished stage is a file there, and a second start goes on behind it."""
-
-    def __init__(self, folder: Path, precision: str) -> None:
-        self.folder = folder
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def log(self, line: str) -> None:
-        """Print a line and keep it in the run's log."""
-        print(line, flush=True)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def restore(self, name: str, module: nn.Module) -> bool:
-        """Load a finished stage into `module`, if there is one."""
-        path = self.folder / f"{name}.safetensors"
-        if not path.is_file():
-            return False
-        with safe_open(path, "pt") as file:
-            module.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        self.log(f"{name}: found {path.name}, going on behind it")
-        return True
-
-    def keep(self, name: str, tensors: dict[str, torch.Tensor], losses: list[float]) -> None:
-        """Write a finished stage."""
-        path = self.folder / f"{name}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-        temporary.replace(path)
-        (self.folder / f"{name}.losses.json").write_text(json.dumps(losses), encoding="utf-8")
-        self.state_path(name).unlink(missing_ok=True)
-
-    def state_path(self, name: str) -> Path:
-        """Where a stage under way keeps its state."""
-        return self.folder / f"{name}.state.safetensors"
-
-    def train(
-        self,
-        name: str,
-        module: nn.Module,
-        batches: Callable[[int], Iterator[Any]],
-        loss: Callable[[Any], torch.Tensor],
-        schedule: Schedule,
-        seed: int,
-    ) -> None:
-        """Train `module` and keep it, or restore it when an earlier start has finished this stage."""
-        if self.restore(name, module):
-            return
-        losses = train(
-            module,
-            batches,
-            loss,
-            schedule,
-            self.accelerator,
-            lambda line: self.log(f"{name}  {line}"),
-            seed=seed,
-            state_path=self.state_path(name),
-        )
-        self.keep(name, module.state_dict(), losses)
+HEADER = re.compile(r"\s*\[\[?\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?")
+KEY = re.compile(r"\s*([\w.\-\"']+)\s*=")
 
 
-class Run(Folder):
-    """A recipe for a whole model at work."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(Path(recipe.output).parent, recipe.precision)
-        self.recipe = recipe
-        self.config: ModelConfig = PRESETS[recipe.preset]
-
-    def clips(self, num_clips: int, num_frames: int, seed: int) -> MovingShapes:
-        return MovingShapes(num_clips, num_frames, self.config.height, self.config.width, seed)
-
-    def frames(self, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What the autoencoder is trained on, from batch `first` on."""
-        stage = self.recipe.autoencoder
-        clips = self.clips(1 << 30, stage.frames_per_clip, self.recipe.seed + 1)
-        return autoencoder_training.frame_batches(
-            clips, stage.schedule.batch_size, stage.frames_per_clip, self.recipe.workers, first
-        )
-
-    def train_autoencoder(self) -> autoencoder_training.Autoencoder:
-        """The autoencoder, trained or restored, with the latent scale measured from it in `self.config`."""
-        stage = self.recipe.autoencoder
-        model = autoencoder_training.Autoencoder(self.config.autoencoder).to(self.accelerator.device)
-        device = self.accelerator.device
-        self.train(
-            "autoencoder",
-            model,
-            self.frames,
-            lambda batch: stage.loss(model, batch[0].to(device), batch[1].to(device)),
-            stage.schedule,
-            self.recipe.seed,
-        )
-        model.eval()
-        scale = round(autoencoder_training.measure_scale(model, self.frames(0), self.accelerator), 4)
-        self.config = replace(self.config, autoencoder=replace(self.config.autoencoder, scale_factor=scale))
-        model.config = self.config.autoencoder
-        self.log(f"latent scale {scale}")
-        return model
-
-    def preview_colours(self, autoencoder: autoencoder_training.Autoencoder) -> str:
-        """The colours of latents, as a checkpoint's metadata hold them."""
-        return json.dumps(autoencoder_training.preview_colours(autoencoder, self.frames(0), self.accelerator))
-
-    def latents(self, autoencoder: autoencoder_training.Autoencoder) -> denoiser_training.Latents:
-        """The recipe's clips in latent space, from the run's folder when they are there."""
-        path = self.folder / "latents.safetensors"
-        if path.is_file():
-            with safe_open(path, "pt") as file:
-                return denoiser_training.Latents(file.get_tensor("latents"), file.get_tensor("tokens"))
-        clips = self.clips(self.recipe.clips, self.config.frames, self.recipe.seed)
-        data = denoiser_training.encode_clips(autoencoder, clips, self.config, self.recipe.workers, self.accelerator)
-        self.keep("latents", {"latents": data.latents, "tokens": data.tokens}, [])
-        return data
-
-    def train_denoiser(self, data: denoiser_training.Latents) -> denoiser_training.Denoiser:
-        """All stages of the U-Net, each starting from the one before; what is new in a stage starts as the identity."""
-        schedule = NoiseSchedule.from_config(self.config.diffusion)
-        empty = Tokenizer(pad_token(self.config.text), self.config.text.max_tokens)("")
-        full = self.config.unet
-        kinds = {
-            "images": denoiser_training.spatial_only(full),
-            "addition": replace(full, merge="add"),
-            "swap": full,
-        }
-        before: denoiser_training.Denoiser | None = None
-        for number, stage in enumerate(self.recipe.stages):
-            name = f"{number + 1}-{stage.kind}"
-            torch.manual_seed(self.recipe.seed + 10 * (number + 1))
-            model = denoiser_training.Denoiser(VideoUNet(kinds[stage.kind]), TextEncoder(self.config.text))
-            if before is not None:
-                unknown = model.load_state_dict(before.state_dict(), strict=False).unexpected_keys
-                if unknown:
-                    raise ValueError(f"stage {name} cannot follow the one before it: it lacks {unknown[0]!r}")
-            model.to(self.accelerator.device)
-            model.text_encoder.requires_grad_(not stage.freeze_text)
-            self.train(
-                name,
-                model,
-                partial(
-                    denoiser_training.latent_batches,
-                    data,
-                    stage.schedule.batch_size,
-                    max(1, round(stage.opening * data.latents.shape[2])) if stage.kind == "images" else None,
-                    stage.frame_stride,
-                    self.recipe.seed + 1000 + number,
-                ),
-                partial(
-                    model.loss,
-                    schedule=schedule,
-                    caption_dropout=stage.caption_dropout,
-                    timestep_shift=stage.timestep_shift,
-                    timestep_range=stage.timestep_range,
-                    empty=empty,
-                ),
-                stage.schedule,
-                self.recipe.seed + number,
-            )
-            before = model
-        assert before is not None
-        return before
+def line_of(text: str, keys: tuple[str | int, ...]) -> int:
+    """The line of a TOML file where what `keys` lead to is set, or else the nearest table above it, or 1."""
+    counts: Counter[tuple[str | int, ...]] = Counter()
+    table: tuple[str | int, ...] = ()
+    nearest, length = 1, 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := HEADER.fullmatch(line):
+            names = _names(header[1])
+            table = ()
+            for i, name in enumerate(names):
+                table = (*table, name)
+                if line.lstrip().startswith("[[") and i == len(names) - 1:
+                    counts[table] += 1
+                if counts[table]:
+                    table = (*table, counts[table] - 1)
+            here = table
+        elif key := KEY.match(line):
+            here = (*table, *_names(key[1]))
+        else:
+            continue
+        if len(here) > length and keys[: len(here)] == here:
+            nearest, length = number, len(here)
+    return nearest
 
 
-def run_recipe(path: Path) -> Path:
-    """Train what the recipe says and write one file; returns its path.
-
-    Raises ValueError for a recipe that cannot be used.
-    """
-    recipe = read_recipe(path)
-    torch.manual_seed(recipe.seed)
-    if isinstance(recipe, UpscalerRecipe):
-        return train_upscaler(recipe)
-    return train_adapter(recipe) if isinstance(recipe, AdapterRecipe) else train_model(recipe)
+def _names(dotted: str) -> tuple[str, ...]:
+    return tuple(name.strip().strip("\"'") for name in dotted.split("."))
 
 
-def train_model(recipe: Recipe) -> Path:
-    """A whole model: autoencoder, then text encoder and U-Net together."""
-    output = Path(recipe.output)
-    run = Run(recipe)
-    autoencoder = run.train_autoencoder()
-    denoiser = run.train_denoiser(run.latents(autoencoder))
-    model = checkpoint.Model(
-        config=run.config,
-        unet=denoiser.unet,
-        autoencoder=autoencoder,
-        text_encoder=denoiser.text_encoder,
-        metadata=checkpoint.Metadata(
-            title=recipe.title,
-            licence=recipe.licence,
-            origin=recipe.origin,
-            other={checkpoint.PREVIEW: run.preview_colours(autoencoder)},
-        ),
-    )
-    checkpoint.save(output, model, model.metadata, dtype=torch.float16)
-    run.log(f"wrote {output}")
-    return output
+PATHS = {"output", "checkpoint", "path", "cache_directory"}
 
 
-def train_upscaler(recipe: UpscalerRecipe) -> Path:
-    """An upscaler for the frames of one model."""
-    output = Path(recipe.output)
-    source = checkpoint.load(recipe.checkpoint)
-    config = source.config
-    run = Folder(output.parent, recipe.precision)
-    model = upscaler.Upscaler(recipe.upscaler).to(run.accelerator.device)
-    clips = MovingShapes(1 << 30, config.frames, config.height, config.width, recipe.seed + 2)
-    pairs = upscaler_training.ScenePairs(clips, recipe.upscaler.scale)
-    run.train(
-        "upscaler",
-        model,
-        partial(
-            upscaler_training.patch_batches,
-            pairs,
-            source.autoencoder,
-            recipe.schedule.batch_size,
-            recipe.patch,
-            recipe.workers,
-            recipe.seed,
-        ),
-        partial(upscaler_training.loss, model),
-        recipe.schedule,
-        recipe.seed,
-    )
-    upscaler.save(output, model, recipe.title, recipe.licence, recipe.origin)
-    run.log(f"wrote {output}")
-    return output
+def describe(recipe: Recipe) -> str:
+    """The whole recipe as JSON, for a result's metadata; of paths the last part, since folders tell whose they are."""
 
+    def shorten(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: shorten(item, name) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [shorten(item, key) for item in value]
+        return Path(value).name if key in PATHS and value else value
 
-def train_adapter(recipe: AdapterRecipe) -> Path:
-    """A LoRA on the U-Net of a whole model, whose own weights stay as they are."""
-    output = Path(recipe.output)
-    model = checkpoint.load(recipe.checkpoint)
-    config = model.config
-    run = Folder(output.parent, recipe.precision)
-    model.to(run.accelerator.device)
-    denoiser = denoiser_training.Denoiser(model.unet, model.text_encoder).requires_grad_(False)
-    adapter = adapters.Adapter(model.unet, recipe.adapter.layers, recipe.adapter.rank, recipe.adapter.alpha)
-    adapter.to(run.accelerator.device)
-    clips = MovingShapes(
-        recipe.clips, config.frames, config.height, config.width, recipe.seed + 3, returns=recipe.returns
-    )
-
-    def batches(first: int) -> Iterator[denoiser_training.Latents]:
-        data = denoiser_training.encode_clips(model.autoencoder, clips, config, recipe.workers, run.accelerator)
-        return denoiser_training.latent_batches(data, recipe.schedule.batch_size, None, 1, recipe.seed, first)
-
-    run.train(
-        "adapter",
-        adapter,
-        batches,
-        partial(
-            denoiser.loss,
-            schedule=NoiseSchedule.from_config(config.diffusion),
-            caption_dropout=recipe.caption_dropout,
-            timestep_shift=recipe.timestep_shift,
-            timestep_range=(0.0, 1.0),
-            empty=Tokenizer(pad_token(config.text), config.text.max_tokens)(""),
-        ),
-        recipe.schedule,
-        recipe.seed,
-    )
-    adapters.save(output, adapter, recipe.title, recipe.licence, recipe.origin)
-    run.log(f"wrote {output}")
-    return output
+    return json.dumps(shorten(dataclasses.asdict(recipe)), ensure_ascii=False)

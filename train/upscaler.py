@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from videofactory_core.autoencoder import Autoencoder
+from videofactory_core.objective import Process
 from videofactory_core.upscaler import Upscaler
 
 from .data.moving_shapes import MovingShapes, draw
@@ -35,16 +36,24 @@ class ScenePairs(Dataset[tuple[Tensor, Tensor]]):
 
 
 def patch_batches(
-    pairs: ScenePairs, autoencoder: Autoencoder, batch_size: int, patch: int, workers: int, seed: int, first: int
+    pairs: ScenePairs,
+    autoencoder: Autoencoder,
+    batch_size: int,
+    patch: int,
+    workers: int,
+    seed: int,
+    process: Process,
+    first: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from number `first` on: patches `[N, 3, P, P]` in 0..1 from behind the autoencoder, and their originals.
+    """This process's batches from number `first` on: patches `[N, 3, P, P]` in 0..1, and their originals.
 
-    Patches lie where the object's outline is, because the rest is flat.
+    They come from behind the autoencoder, and lie where the object's outline is, because the rest is flat.
     """
-    order = range(first * batch_size, len(pairs))
+    order = process.items(batch_size, first, len(pairs))
     loader = DataLoader(pairs, batch_size, sampler=order, num_workers=workers, drop_last=True)
     for number, (small, large) in enumerate(loader, first):
-        generator = torch.Generator().manual_seed((seed << 32) + number)
+        own = number * process.world + process.rank
+        generator = torch.Generator().manual_seed((seed << 32) + own)
         with torch.no_grad():
             latents = autoencoder.encode(rearrange(small, "B C H W -> B C 1 H W"))
             spoiled = rearrange(autoencoder.decode(latents), "B C 1 H W -> B C H W").clamp(-1, 1)
@@ -67,8 +76,14 @@ def _cut(small: Tensor, large: Tensor, patch: int, scale: int, generator: torch.
     return torch.stack(smalls), torch.stack(larges)
 
 
-def loss(model: Upscaler, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean absolute error, as in RCAN."""
-    device = next(model.parameters()).device
-    small, large = (x.to(device) for x in batch)
-    return (model(small).float() - large).abs().mean()
+class UpscalerTraining(nn.Module):
+    """The upscaler whose forward is its loss on a batch of `patch_batches`: mean absolute error, as in RCAN."""
+
+    def __init__(self, upscaler: Upscaler) -> None:
+        super().__init__()
+        self.upscaler = upscaler
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        device = next(self.parameters()).device
+        small, large = (x.to(device) for x in batch)
+        return (self.upscaler(small).float() - large).abs().mean()

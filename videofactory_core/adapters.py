@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import lora_names
@@ -41,13 +42,15 @@ class LowRank(nn.Module):
         self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lora_up(self.lora_down(x)) * self.scale
+        # A layer may compute in fewer bits than its change is trained in.
+        down, up = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
+        return F.linear(F.linear(x, down), up) * self.scale
 
 
 class Adapter(nn.Module):
     """The changes of every linear layer of `model` whose name `layers`, a regular expression, finds.
 
-    From now on the model calculates with them; its own weights and their names stay as they are. Raises ValueError
+    Until `remove` the model calculates with them; its own weights and their names stay as they are. Raises ValueError
     when no layer is found or the rank is not that of a change.
     """
 
@@ -67,8 +70,15 @@ class Adapter(nn.Module):
             raise ValueError(f"layers: no linear layer has a name with {layers!r} in it")
         self.names = tuple(chosen)
         self.changes = nn.ModuleList(LowRank(layer, rank, alpha) for layer in chosen.values())
-        for layer, change in zip(chosen.values(), self.changes, strict=True):
+        self.hooks = [
             layer.register_forward_hook(lambda _, inputs, output, change=change: output + change(inputs[0]))
+            for layer, change in zip(chosen.values(), self.changes, strict=True)
+        ]
+
+    def remove(self) -> None:
+        """Let the model calculate without the changes again."""
+        for hook in self.hooks:
+            hook.remove()
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights under the names that programs which load a LoRA know."""
@@ -79,9 +89,20 @@ class Adapter(nn.Module):
         }
 
 
-def save(path: str | os.PathLike[str], adapter: Adapter, title: str, licence: str, origin: str) -> None:
-    """Write `adapter` in half precision; raises what `checkpoint.write` raises."""
-    strings = {"format": "videofactory-lora", **modelspec("videofactory-v1/lora", title, licence, origin)}
+def save(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    title: str,
+    licence: str,
+    origin: str,
+    other: Mapping[str, str] | None = None,
+) -> None:
+    """Write `adapter` in half precision, with `other` entries in its header; raises what `checkpoint.write` raises."""
+    strings = {
+        **(other or {}),
+        "format": "videofactory-lora",
+        **modelspec("videofactory-v1/lora", title, licence, origin),
+    }
     write(path, adapter.tensors(), strings, torch.float16)
 
 

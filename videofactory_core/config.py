@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -269,42 +270,65 @@ def from_json(text: str) -> ModelConfig:
 T = TypeVar("T")
 
 
-def from_dict(kind: type[T], data: Any, where: str = "") -> T:
-    """Build the dataclass `kind` from plain data; keys that are absent keep their defaults.
+class SettingError(ValueError):
+    """A setting that cannot be used: `keys` lead to it from the top, numbers into lists."""
 
-    Raises ValueError, naming the key, for anything that does not fit.
+    def __init__(self, keys: tuple[str | int, ...], problem: str) -> None:
+        self.keys = keys
+        self.problem = problem
+        super().__init__(f"{'.'.join(map(str, keys))}: {problem}")
+
+
+def from_dict(kind: type[T], data: Any, keys: tuple[str | int, ...] = ()) -> T:
+    """Build the dataclass `kind` from plain data, found under `keys`; settings that are absent keep their defaults.
+
+    Raises SettingError for anything that does not fit.
     """
-    name = where or kind.__name__
     if not isinstance(data, dict):
-        raise ValueError(f"{name}: expected a table of settings, got {type(data).__name__}")
+        raise SettingError(keys or (kind.__name__,), f"expected a table of settings, got {type(data).__name__}")
     hints = get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise ValueError(f"{name}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    return kind(**{key: _fit(value, hints[key], f"{name}.{key}") for key, value in data.items()})
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in data:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            meant = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(known))}"
+            raise SettingError((*keys, name), f"unknown setting {name!r}; {meant}")
+    values = {name: _fit(value, hints[name], (*keys, name)) for name, value in data.items()}
+    for name, f in known.items():
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise SettingError(keys or (kind.__name__,), f"the setting {name!r} is missing")
+    try:
+        return kind(**values)
+    except SettingError:
+        raise
+    except ValueError as error:
+        # What a dataclass finds wrong begins with the name of the field.
+        name, _, problem = str(error).partition(": ")
+        if name in known and problem:
+            raise SettingError((*keys, name), problem) from error
+        raise SettingError(keys or (kind.__name__,), str(error)) from error
 
 
-def _fit(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or ValueError."""
+def _fit(value: Any, hint: Any, keys: tuple[str | int, ...]) -> Any:
+    """`value` as the type `hint`, or SettingError."""
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)  # type: ignore[arg-type]
+        return from_dict(hint, value, keys)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value in args and type(value) is type(args[0]):
             return value
-        raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
+        raise SettingError(keys, f"{value!r} is not one of {', '.join(map(str, args))}")
     if type(None) in args:
         inner = next(a for a in args if a is not type(None))
-        return None if value is None else _fit(value, inner, where)
+        return None if value is None else _fit(value, inner, keys)
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) > 16:
-            raise ValueError(f"{where}: expected a short list, got {value!r:.40}")
+        if not isinstance(value, (list, tuple)) or len(value) > 64:
+            raise SettingError(keys, f"expected a short list, got {value!r:.40}")
         if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ValueError(f"{where}: expected {len(args)} values, got {len(value)}")
-        return tuple(_fit(v, args[0], where) for v in value)
+            raise SettingError(keys, f"expected {len(args)} values, got {len(value)}")
+        return tuple(_fit(v, args[0], (*keys, i)) for i, v in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r:.40}")
+        raise SettingError(keys, f"expected {getattr(hint, '__name__', hint)}, got {value!r:.40}")
     return value

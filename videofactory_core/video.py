@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Pathlike = str | os.PathLike[str]
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+from .pixels import (
+    RGB_TO_YUV,
+    Converter,
+    Pixels,
+    convert_graph,
+    display_matrix,
+    is_turned,
+    palette_graph,
+    pull,
+    square_size,
+)
 
-# Players and the RGB to YUV filter below must agree on these, or colours shift.
+Pathlike = str | os.PathLike[str]
+
+# Players and the RGB to YUV filter must agree on these, or colours shift.
 BT709_TAGS = {
     "colorspace": "bt709",
     "color_primaries": "bt709",
@@ -25,17 +38,13 @@ BT709_TAGS = {
     "color_range": "tv",
     "chroma_sample_location": "left",
 }
-SCALER = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
-# H.264 and VP9 mean chroma samples to lie in the left column of their 2x2 pixels unless told otherwise.
-YUV_TO_RGB = f"in_h_chr_pos=0:{SCALER}"
-RGB_TO_YUV = f"out_color_matrix=bt709:out_range=limited:out_h_chr_pos=0:out_v_chr_pos=128:{SCALER}"
-# ISO 23001-8 codes of a frame's YUV matrix.
-MATRIX_BT709, MATRIX_UNSPECIFIED = 1, 2
-# Untagged video higher than standard definition is BT.709 by convention, else BT.601.
-STANDARD_DEFINITION_HEIGHT = 576
 # What an encoder writes depends on its number of threads, so that must not follow the machine's cores.
 THREADS = "4"
 MIN_FPS, MAX_FPS = 0.01, 240.0
+# Seconds before the wanted frame at which a file is entered, one after the other until that succeeds; None is its
+# beginning. What lies closer to the beginning than SEEK_FROM is read from there.
+SEEK_LEADS = (0.0, 5.0, None)
+SEEK_FROM = 1.0
 
 
 @dataclass(frozen=True)
@@ -180,9 +189,9 @@ def _encode(path: Path, container: Container, frames: Tensor, fps: Fraction, met
     pad_height, pad_width = (side % 2 if container.pixel_format == "yuv420p" else 0 for side in frames.shape[1:3])
     height, width = frames.shape[1] + pad_height, frames.shape[2] + pad_width
     if container.pixel_format == "pal8":
-        graph = _palette_graph(width, height, 1 / fps)
+        graph = palette_graph(width, height, 1 / fps)
     else:
-        graph = _convert_graph(width, height, "rgb24", 1 / fps, (width, height), RGB_TO_YUV, container.pixel_format)
+        graph = convert_graph(width, height, "rgb24", 1 / fps, (width, height), RGB_TO_YUV, container.pixel_format)
     with av.open(
         # An absolute path is never taken for the address of a network protocol.
         os.path.abspath(path),
@@ -208,10 +217,10 @@ def _encode(path: Path, container: Container, frames: Tensor, fps: Fraction, met
             frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
             frame.pts, frame.time_base = index, 1 / fps
             graph.push(frame)
-            for filtered in _pull(graph):
+            for filtered in pull(graph):
                 file.mux(stream.encode(filtered))
         graph.push(None)
-        for filtered in _pull(graph):
+        for filtered in pull(graph):
             file.mux(stream.encode(filtered))
         file.mux(stream.encode(None))
 
@@ -247,13 +256,9 @@ def read_video(path: Pathlike, max_frames: int | None = None, start: int = 0) ->
     assert max_frames is None or max_frames > 0, max_frames
     pictures: list[Tensor] = []
     with _open(path) as file:
-        if not file.streams.video:
-            raise ValueError(f"{path} holds no video: choose another file")
-        stream = file.streams.video[0]
-        if stream.codec_context is None:
-            raise ValueError(f"{path} is in a format that this build of PyAV does not decode: convert it to H.264")
+        stream = _video_stream(file, path)
         stream.thread_type = "AUTO"
-        converter = _Converter()
+        converter = Converter()
         times: list[float] = []
         for frame in file.decode(stream):
             times.append(frame.time)
@@ -274,6 +279,187 @@ def read_video(path: Pathlike, max_frames: int | None = None, start: int = 0) ->
     if not rate:
         raise ValueError(f"{path} does not say how fast its frames follow each other: convert it to another format")
     return Video(torch.stack(pictures).float().div_(255), float(rate), metadata)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `read_frames` can show of a video or a picture."""
+
+    # Of the first frame, upright and in square pixels.
+    width: int
+    height: int
+    # As the file says or counted; a picture is one frame.
+    frames: int
+    # Mean rate, and seconds from the beginning of the first frame to the end of the last; a picture has 0 of both.
+    fps: float
+    duration: float
+    # Whether the file says when each frame is shown; otherwise they follow each other evenly.
+    timed: bool
+
+
+def probe(source: Pathlike | bytes) -> Probe:
+    """Look into a file, or its content, and decode its first frame; a file without an index is read to its end.
+
+    Raises ValueError when there is no video in it or no frame comes out, FileNotFoundError when there is no such file.
+    """
+    with _open(source) as file:
+        stream = _video_stream(file, source)
+        stream.codec_context.thread_count = 1
+        start, first = next(_timed_frames(file, stream), (0.0, None))
+        if first is None:
+            raise ValueError(f"{_name(source)} has no frames: choose another file")
+        width, height = square_size(first.width, first.height, _pixel_aspect(stream), is_turned(display_matrix(first)))
+        timed, interval = _is_timed(file, first), _interval(stream)
+        count, duration = stream.frames, float((stream.duration or 0) * stream.time_base)
+        if timed and stream.start_time is not None:
+            # Frames without the key frame that they depend on are not shown.
+            duration -= max(0.0, start - float(stream.start_time * stream.time_base))
+    if count != 1 and (count == 0 or duration <= 0):
+        count, duration = _measure(source, start, interval)
+    elif duration / interval < 0.98 * count:
+        # An edit list hides some of the frames.
+        count = max(1, round(duration / interval))
+    fps, duration = (count / duration, duration) if count > 1 else (0.0, 0.0)
+    return Probe(round(width), round(height), count, fps, duration, timed)
+
+
+def read_frames(
+    source: Pathlike | bytes,
+    times: Sequence[float],
+    size: tuple[int, int] | None = None,
+    crop: float | None = None,
+) -> Tensor:
+    """The frames `[F, H, W, 3]` (uint8 RGB) of a file, or of its content, that are shown at `times`.
+
+    Times are seconds since the first frame, in ascending order. The frame shown at t is the last that begins at t or
+    earlier; where the file rounds times to ticks shorter than half a frame, it may begin a tick later. Frames stand as
+    in `read_video`, and pixels are square. They are cut about the middle to the shape `crop` (width / height) and then
+    to that of `size` (width, height), to which they are scaled.
+
+    Decoding, in one thread, starts at the last key frame before the first time where the file can be entered there,
+    else at the beginning. Raises ValueError when it fails, a frame is damaged, or the video ends before the last time;
+    FileNotFoundError when there is no such file.
+    """
+    assert len(times) > 0, "no times"
+    assert times[0] >= 0, times
+    assert all(a <= b for a, b in pairwise(times)), times
+    for lead in SEEK_LEADS:
+        with _open(source) as file:
+            stream = _video_stream(file, source)
+            stream.codec_context.thread_count = 1
+            frames = _frames_before(file, stream, times[0], lead)
+            if frames is not None:
+                return _shown_at(times, frames, stream, Converter(size, crop, _pixel_aspect(stream)), _name(source))
+    raise AssertionError("the last way is to decode from the beginning")
+
+
+def _shown_at(
+    times: Sequence[float], frames: Iterator[tuple[float, Any]], stream: Any, converter: Converter, name: str
+) -> Tensor:
+    """The converted frames that stand at `times`, the first of them at `times[0]` or before."""
+    import av
+
+    interval, tick = _interval(stream), float(stream.time_base)
+    tolerance = tick + 1e-6 if tick <= interval / 2 else 1e-6
+    pictures: list[Tensor] = []
+    last: Any = None
+    begins, damaged_at = 0.0, None
+
+    def show_until(end: float) -> None:
+        """Let the last frame stand at all times before `end`."""
+        picture = None
+        while len(pictures) < len(times) and times[len(pictures)] + tolerance < end:
+            if damaged_at is not None:
+                raise ValueError(f"{name} is damaged at {damaged_at:.2f} seconds: repair or replace it")
+            picture = torch.from_numpy(converter(last)) if picture is None else picture
+            pictures.append(picture)
+
+    failure = None
+    try:
+        for time, frame in frames:
+            if last is not None:
+                show_until(time)
+            if len(pictures) == len(times):
+                return torch.stack(pictures)
+            # What a damaged frame leaves behind lasts until one that depends on no other.
+            if frame.is_corrupt or frame.key_frame:
+                damaged_at = time if frame.is_corrupt else None
+            last, begins = frame, time
+    except av.FFmpegError as error:
+        failure = error
+    if last is None:
+        raise failure or ValueError(f"{name} has no frames: choose another file")
+    # Durations are as rounded as times; one frame too many does no harm.
+    end = begins + max(interval, float((getattr(last, "duration", 0) or 0) * stream.time_base))
+    show_until(end + interval)
+    if len(pictures) < len(times):
+        raise failure or ValueError(
+            f"{name} ends after {end:.2f} seconds, not after {times[-1]:.2f}: ask for earlier frames"
+        )
+    return torch.stack(pictures)
+
+
+def _frames_before(file: Any, stream: Any, target: float, lead: float | None) -> Iterator[tuple[float, Any]] | None:
+    """Frames with their seconds since the first one, beginning at `target` or earlier.
+
+    They begin at a key frame `lead` seconds before `target`, with None at the first of all. None comes back when the
+    file cannot be entered there.
+    """
+    import av
+
+    frames = _timed_frames(file, stream)
+    origin, frame = next(frames, (0.0, None))
+    if frame is None:
+        return iter(())
+    time = origin
+    if lead is not None and _is_timed(file, frame) and target - lead > SEEK_FROM:
+        try:
+            file.seek(int((origin + target - lead) / stream.time_base), stream=stream)
+            frames = _timed_frames(file, stream)
+            time, frame = next(frames)
+        except (av.FFmpegError, StopIteration):
+            return None
+        if not frame.key_frame or not _is_timed(file, frame) or not origin <= time <= origin + target:
+            return None
+    return ((time - origin, frame) for time, frame in chain([(time, frame)], frames))
+
+
+def _timed_frames(file: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+    """Decoded frames and their seconds on the file's clock; those without a time follow the one before."""
+    interval, time = _interval(stream), 0.0
+    for number, frame in enumerate(file.decode(stream)):
+        if _is_timed(file, frame):
+            time = frame.time
+        elif number > 0:
+            time += interval
+        yield time, frame
+
+
+def _is_timed(file: Any, frame: Any) -> bool:
+    # An .avi has no times, and those that the library makes up do not suit reordered frames.
+    return frame.pts is not None and file.format.name != "avi"
+
+
+def _interval(stream: Any) -> float:
+    """Mean seconds from frame to frame."""
+    return float(1 / (stream.average_rate or stream.guessed_rate or 25))
+
+
+def _pixel_aspect(stream: Any) -> float:
+    """Width of a stored pixel over its height."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    # No camera or disc has others; a broken file must not make us fill the memory.
+    return aspect if 1 / 8 <= aspect <= 8 else 1.0
+
+
+def _measure(source: Pathlike | bytes, start: float, interval: float) -> tuple[int, float]:
+    """How many frames there are and how many seconds they last from `start` on, without decoding them."""
+    with _open(source) as file:
+        stream = _video_stream(file, source)
+        packets = [(packet.pts, packet.duration or 0) for packet in file.demux(stream) if packet.size]
+        tick = float(stream.time_base)
+    ends = [pts * tick + (length * tick or interval) for pts, length in packets if pts is not None]
+    return len(packets), max(interval, max(ends) - start) if ends else len(packets) * interval
 
 
 def read_metadata(path: Pathlike) -> dict[str, str]:
@@ -301,106 +487,34 @@ def _any_text() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _open(path: Pathlike) -> Iterator[Any]:
+def _open(source: Pathlike | bytes) -> Iterator[Any]:
     """The file for reading; what goes wrong inside becomes ValueError with one sentence."""
     import av
 
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is not a file: check the name")
+    if not isinstance(source, bytes) and not os.path.isfile(source):
+        raise FileNotFoundError(f"{source} is not a file: check the name")
     try:
-        # An absolute path is never taken for the address of a network protocol.
-        with av.open(os.path.abspath(path), **_any_text()) as file:
+        with av.open(
+            # An absolute path is never taken for the address of a network protocol.
+            io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source),
+            # Nor does a file make us open others elsewhere.
+            container_options={"protocol_whitelist": "file"},
+            **_any_text(),
+        ) as file:
             yield file
     except av.FFmpegError as error:
-        raise ValueError(f"{path} cannot be read as a video ({error.strerror}): choose or make another file") from error
+        name, reason = _name(source), error.strerror
+        raise ValueError(f"{name} cannot be read as a video ({reason}): choose or make another file") from error
 
 
-class _Converter:
-    """Decoded frames to RGB `[H, W, 3]` in one size; keeps the filter graph while the frames stay of one kind."""
-
-    def __init__(self) -> None:
-        self.kind: tuple[Any, ...] = ()
-        self.size: tuple[int, int] | None = None
-        self.graph: Any = None
-
-    def __call__(self, frame: Any) -> Pixels:
-        has_alpha = any(component.is_alpha for component in frame.format.components)
-        if frame.colorspace == MATRIX_UNSPECIFIED and frame.height > STANDARD_DEFINITION_HEIGHT:
-            frame.colorspace = MATRIX_BT709
-        kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
-        self.size = self.size or (frame.width, frame.height)
-        if kind != self.kind:
-            self.kind = kind
-            self.graph = _convert_graph(
-                *kind[:3], frame.time_base, self.size, YUV_TO_RGB, "rgba" if has_alpha else "rgb24"
-            )
-        self.graph.push(frame)
-        pixels = self.graph.pull().to_ndarray()
-        if has_alpha:
-            colour, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:]
-            pixels = ((colour * alpha + 127) // 255).astype(np.uint8)
-        return np.ascontiguousarray(_upright(pixels, frame))
+def _name(source: Pathlike | bytes) -> str:
+    return "the file in memory" if isinstance(source, bytes) else str(source)
 
 
-def _upright(pixels: Pixels, frame: Any) -> Pixels:
-    """`pixels [H, W, 3]` turned and mirrored by the frame's display matrix: x' = a x + c y, y' = b x + d y."""
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
-        return pixels
-    a, b, _, c, d = np.frombuffer(bytes(side_data), dtype=np.int32)[:5].tolist()
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.transpose(1, 0, 2), c, b
-    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-
-
-# Filter graphs
-
-
-def _convert_graph(
-    width: int, height: int, pixel_format: str, time_base: Fraction, size: tuple[int, int], scaler: str, output: str
-) -> Any:
-    """From one pixel format to another, and to `size` (width, height)."""
-    from av.filter import Graph
-
-    graph = Graph()
-    source = _source(graph, width, height, pixel_format, time_base)
-    scale = graph.add("scale", f"{size[0]}:{size[1]}:{scaler}")
-    convert = graph.add("format", output)
-    sink = graph.add("buffersink")
-    source.link_to(scale)
-    scale.link_to(convert)
-    convert.link_to(sink)
-    graph.configure()
-    return graph
-
-
-def _palette_graph(width: int, height: int, time_base: Fraction) -> Any:
-    """From RGB to the 256 colours that suit the whole clip; gives its frames when the last one is in."""
-    from av.filter import Graph
-
-    graph = Graph()
-    source = _source(graph, width, height, "rgb24", time_base)
-    split = graph.add("split")
-    palette = graph.add("palettegen", "reserve_transparent=0")
-    apply = graph.add("paletteuse")
-    sink = graph.add("buffersink")
-    source.link_to(split)
-    split.link_to(palette, 0, 0)
-    split.link_to(apply, 1, 0)
-    palette.link_to(apply, 0, 1)
-    apply.link_to(sink)
-    graph.configure()
-    return graph
-
-
-def _source(graph: Any, width: int, height: int, pixel_format: str, time_base: Fraction) -> Any:
-    import av
-
-    return graph.add_buffer(width=width, height=height, format=av.VideoFormat(pixel_format), time_base=time_base)
-
-
-def _pull(graph: Any) -> Iterator[Any]:
-    """The frames that the graph has ready."""
-    with contextlib.suppress(BlockingIOError, EOFError):
-        while True:
-            yield graph.pull()
+def _video_stream(file: Any, source: Pathlike | bytes) -> Any:
+    if not file.streams.video:
+        raise ValueError(f"{_name(source)} holds no video: choose another file")
+    stream = file.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError(f"{_name(source)} is in a format that this build of PyAV does not decode: convert it to H.264")
+    return stream

@@ -346,7 +346,7 @@ def _diffusion(base: Path, image: Source, kind: Kind, prediction_type: Predictio
         "zero_terminal_snr": settings.get("rescale_betas_zero_snr", False),
     }
     try:
-        return from_dict(DiffusionConfig, found, "scheduler")
+        return from_dict(DiffusionConfig, found, ("scheduler",))
     except ValueError as error:
         raise CheckpointError(f"{base} has a noise schedule of another kind ({error}); choose another") from error
 
