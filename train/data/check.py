@@ -68,9 +68,8 @@ def check(
     samples = [sample for clip, _ in kept for sample in clip.samples]
     share = 1 - len(kept) / len(clips)
     length = timedelta(seconds=round(sum(clip.used / fps for clip, fps in kept)))
-    log(
-        f"clips: {len(clips)}, left out: {len(clips) - len(kept)} ({share:.0%}), samples: {len(samples)}, length: {length}"
-    )
+    out = f"{len(clips) - len(kept)} ({share:.0%})"
+    log(f"clips: {len(clips)}, left out: {out}, samples: {len(samples)}, length: {length}")
     for bucket, count in sorted(Counter(sample.bucket for sample in samples).items()):
         log(f"samples of {bucket}: {count}")
     if sheet is not None and frames:
