@@ -54,7 +54,9 @@ def report(path: Path = checkpoint.DEMO, folder: Path = Path("runs/demo-report")
     clips, verdicts = judge(model, HELD_OUT, SEEDS)
     shares = summarise(verdicts)
     folder.mkdir(parents=True, exist_ok=True)
-    contact_sheet({caption(words): clip for words, clip in clips.items()}).save(folder / "held-out.png", optimize=True)
+    contact_sheet([(caption(words), clip) for words, clip in clips.items()]).save(
+        folder / "held-out.png", optimize=True
+    )
     write_video(folder / "held-out.gif", mosaic([clips[combination] for combination in SAMPLE]), model.config.fps)
     print(f"{len(verdicts)} clips of {len(HELD_OUT)} held-out combinations, torch {torch.__version__}")
     for name, share in shares.items():

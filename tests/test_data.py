@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from videofactory_train import contact_sheet
 from videofactory_train.cli import main
 from videofactory_train.data import check as checking
 from videofactory_train.data.check import check
@@ -598,15 +599,15 @@ def test_the_contact_sheet_shows_the_frames_that_are_trained_on(tmp_path: Path) 
     assert lines[-1] == f"{tmp_path / 'sheet.png'} shows 3 of 3 clips"
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = torch.from_numpy(np.array(sheet.convert("L")))
-    top = checking.MARGIN
-    for _ in range(2):
-        levels = [int(pixels[top + 40, checking.MARGIN + 80 + 160 * frame]) for frame in range(4)]
+    # Three clips beside each other, each with the frames 32 x 16 that a sample has, below two lines of text.
+    cell, top = 4 * 32 + 2 * contact_sheet.MARGIN, contact_sheet.MARGIN + 2 * contact_sheet.LINE_HEIGHT
+    for clip in range(2):
+        left = clip * cell + contact_sheet.MARGIN
+        levels = [int(pixels[top + 8, left + 32 * frame + 16]) for frame in range(4)]
         assert levels == pytest.approx([10, 15, 20, 25], abs=2)
-        top += 79 + 2 * checking.LINE_HEIGHT + checking.MARGIN
-    assert int(pixels[top + 40, 90]) == pytest.approx(128, abs=2)
-    assert int(pixels[top + 40, 90 + 160]) == 255
-    # Below each clip stands text.
-    assert int(pixels[top - 44 : top - 12, 12:60].min()) < 100
+        assert int(pixels[: top - 1, left : left + 60].min()) < 100
+    assert int(pixels[top + 8, 2 * cell + 20]) == pytest.approx(128, abs=2)
+    assert int(pixels[top + 8, 2 * cell + 20 + 32]) == 255
 
 
 def test_long_datasets_are_shown_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

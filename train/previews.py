@@ -39,12 +39,12 @@ class Previews:
         places = [next(part.parameters()).device for part in others]
         for part in others:
             part.to(self.accelerator.device)
-        clips = {}
+        clips = []
         for number, prompt in enumerate(samples.prompts, 1):
             with self.accelerator.autocast(), warnings.catch_warnings():
                 # Of sizes and long prompts the user has heard when the run began.
                 warnings.simplefilter("ignore")
-                clips[f"{number}. {prompt}"] = generate(
+                frames = generate(
                     model,
                     prompt,
                     negative_prompt=samples.negative_prompt,
@@ -53,6 +53,7 @@ class Previews:
                     sampler=samples.sampler,
                     seed=samples.seed,
                 )
+            clips.append((f"{number}. {prompt}", frames))
         for part, place in zip(others, places, strict=True):
             part.to(place)
         if self.accelerator.is_main_process:
@@ -62,11 +63,11 @@ class Previews:
                 self.log(f"step {step}  samples could not be written: {error}")
         return {}
 
-    def _write(self, step: int, clips: dict[str, torch.Tensor]) -> None:
+    def _write(self, step: int, clips: list[tuple[str, torch.Tensor]]) -> None:
         folder = self.folder / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         settings = json.dumps({**asdict(self.samples), "training_step": step}, ensure_ascii=False)
-        for number, frames in enumerate(clips.values(), 1):
+        for number, (_, frames) in enumerate(clips, 1):
             write_video(folder / f"{number}.mp4", frames, self.model.config.fps, {"videofactory": settings})
         contact_sheet(clips).save(folder / "sheet.jpg", quality=90)
         self.log(f"step {step}  samples in {folder}")

@@ -11,22 +11,21 @@ from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 from videofactory_core.config import ModelConfig
 from videofactory_core.text import END_TOKEN, START_TOKEN, Tokenizer
 
+from ..contact_sheet import contact_sheet
 from .samples import DatasetConfig, Planned, decode, plan
 from .sources import read_dataset
 
 COLUMNS = ("clip", "frames", "fps", "size", "samples", "tokens", "note")
 LONGEST_NAME = 40
-# On the contact sheet, lengths in pixels.
+# The contact sheet.
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
-SHEET_CLIPS, SHEET_FRAMES, SHEET_COLUMNS = 60, 4, 3
-FRAME_WIDTH, FRAME_HEIGHT, LINE_HEIGHT, MARGIN = 160, 120, 16, 10
+SHEET_CLIPS = 60
 
 
 def check(
@@ -59,8 +58,7 @@ def check(
         if isinstance(found, str):
             clips[number] = replace(clips[number], samples=(), reason=found)
         elif number in shown:
-            steps = min(SHEET_FRAMES, len(found))
-            frames[number] = found[[round(step * (len(found) - 1) / max(1, steps - 1)) for step in range(steps)]]
+            frames[number] = found
     tokenizer = Tokenizer(END_TOKEN, model.text.max_tokens)
     for line in _aligned([COLUMNS, *(_row(clip, fps, tokenizer) for clip, fps in zip(clips, rates, strict=True))]):
         log(line)
@@ -73,7 +71,8 @@ def check(
     for bucket, count in sorted(Counter(sample.bucket for sample in samples).items()):
         log(f"samples of {bucket}: {count}")
     if sheet is not None and frames:
-        _contact_sheet([(clips[number], frames[number]) for number in frames]).save(sheet)
+        labels = (f"{clips[number].clip.name}\n{clips[number].clip.caption}" for number in frames)
+        contact_sheet(list(zip(labels, frames.values(), strict=True))).save(sheet)
         log(f"{sheet} shows {len(frames)} of {len(kept)} clips")
     return share
 
@@ -139,31 +138,3 @@ def _check_sheet(path: Path, datasets: Sequence[DatasetConfig]) -> None:
     for config in datasets:
         if Path(config.path).resolve() in path.resolve().parents:
             raise ValueError(f"{path} would become part of the dataset {config.path}: choose another place for it")
-
-
-def _contact_sheet(clips: Sequence[tuple[Planned, Tensor]]) -> Image.Image:
-    """Frames `[F, H, W, 3]` of each clip in a row, with its name and caption below."""
-    font = ImageFont.load_default(size=12)
-    rows = [[_small(Image.fromarray(picture.numpy())) for picture in frames] for _, frames in clips]
-    height = max(picture.height for row in rows for picture in row)
-    columns = min(SHEET_COLUMNS, math.ceil(len(clips) / 6))
-    cell = (SHEET_FRAMES * FRAME_WIDTH + MARGIN, height + 2 * LINE_HEIGHT + MARGIN)
-    lines = math.ceil(len(clips) / columns)
-    sheet = Image.new("RGB", (columns * cell[0] + MARGIN, lines * cell[1] + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, ((planned, _), row) in enumerate(zip(clips, rows, strict=True)):
-        left, top = number // lines * cell[0] + MARGIN, number % lines * cell[1] + MARGIN
-        for place, picture in enumerate(row):
-            sheet.paste(picture, (left + place * FRAME_WIDTH, top))
-        for line, text in enumerate((planned.clip.name, planned.clip.caption or "")):
-            text = " ".join(text.split()).encode("utf-8", "replace").decode()
-            while font.getlength(text) > cell[0] - MARGIN:
-                text = text[: len(text) * 9 // 10 - 3] + "..."
-            draw.text((left, top + height + line * LINE_HEIGHT), text, "grey" if line else "black", font)
-    return sheet
-
-
-def _small(picture: Image.Image) -> Image.Image:
-    """The picture as large as its place allows."""
-    scale = min((FRAME_WIDTH - 2) / picture.width, FRAME_HEIGHT / picture.height)
-    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
