@@ -76,6 +76,21 @@ def test_a_file_holds_what_the_model_calculates_with(tmp_path: Path, layers: str
     assert torch.allclose(predict(plain), changed, rtol=1e-5, atol=1e-5)
 
 
+def test_a_change_can_be_taken_away_again_and_keeps_to_the_layers_type() -> None:
+    model = network()
+    before = predict(model)
+    adapter = Adapter(model, "attn", rank=2, alpha=2.0)
+    for weight in adapter.parameters():
+        nn.init.normal_(weight, std=0.1)
+    assert not torch.equal(predict(model), before)
+    adapter.remove()
+    assert torch.equal(predict(model), before)
+    layer = nn.Linear(8, 8).to(torch.bfloat16)
+    change = Adapter(nn.Sequential(layer), "0", rank=2, alpha=2.0).changes[0]
+    assert change(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert next(change.parameters()).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("layers", "rank", "message"),
     [("temporal", 0, "rank"), ("nowhere", 4, "no linear layer"), ("(", 4, "regular expression")],

@@ -47,12 +47,7 @@ learning_rate = 1e-2
 warmup_steps = 1
 save_every = 2
 """
-LORA = f"""{COMMON}
-[adapter]
-layers = 'attn|merge'
-rank = 2
-alpha = 2.0
-[schedule]{SCHEDULE}
+EVENTS = """
 [validation]
 clips = 1
 every = 2
@@ -62,6 +57,13 @@ every = 2
 steps = 2
 guidance_scale = 2.0
 """
+LORA = f"""{COMMON}
+[adapter]
+layers = 'attn|merge'
+rank = 2
+alpha = 2.0
+[schedule]{SCHEDULE}
+{EVENTS}"""
 STAGES = f"""{COMMON}
 [[stages]]
 kind = "addition"
@@ -272,25 +274,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, clips: Path, deb
     assert "going on from step" in (path.parent / "log.txt").read_text()
 
 
-def test_two_processes_train_like_one_with_twice_the_batch(tmp_path: Path, clips: Path, debug_checkpoint: Path) -> None:
-    text = STAGES.replace("warmup_steps = 1", "warmup_steps = 1\ngradient_accumulation_steps = 2")
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_two_processes_train_like_one_with_twice_the_batch(
+    kind: str, tmp_path: Path, clips: Path, debug_checkpoint: Path
+) -> None:
+    text = STAGES.replace("warmup_steps = 1", "warmup_steps = 1\ngradient_accumulation_steps = 2") + EVENTS
     one = write(tmp_path / "one", text.replace("batch_size = 2", "batch_size = 4"), clips, debug_checkpoint)
     made(one)
     two = write(tmp_path / "two", text, clips, debug_checkpoint)
     # What `accelerate launch` starts on GPUs; without one it starts a single process.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run(
-        [*launch, *command(two)[2:]], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += command(two)[1:] if kind == "DDP" else [str(Path(__file__).with_name("fsdp_on_cpu.py")), str(two)]
+    done = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("1-addition", "2-swap"):
         losses = [json.loads((path.parent / f"{stage}.losses.json").read_text()) for path in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        found = [(path.parent / f"{stage}.validation.jsonl").read_text().splitlines() for path in (one, two)]
+        assert [json.loads(line)["loss"] for line in found[0]] == pytest.approx(
+            [json.loads(line)["loss"] for line in found[1]], rel=1e-4
+        )
     weights = [load_file(path.parent / "mine.safetensors") for path in (one, two)]
     for key, weight in weights[0].items():
         torch.testing.assert_close(weights[1][key], weight, rtol=2e-2, atol=2e-3)
-    # One process of the two wrote the log.
+    # One process of the two wrote the log and the samples.
     assert (two.parent / "log.txt").read_text().count("2-swap  step 4/4") == 1
+    assert (two.parent / "samples" / "2-swap" / "step-000004" / "2.mp4").is_file()
 
 
 def shrunk(name: str, folder: Path, clips: Path, source: Path) -> Path:

@@ -74,7 +74,7 @@ class Tuning:
         unet.gradient_checkpointing = recipe.gradient_checkpointing
         data = self.data(recipe.datasets, recipe.schedule, recipe.seed)
         module = self.denoiser(recipe, unet, data, adapter)
-        self.work.train(
+        kept = self.work.train(
             "adapter",
             module.to(self.work.device),
             data.batches,
@@ -84,25 +84,29 @@ class Tuning:
             frames_in=frames_in,
             events=self.events("adapter", module, data),
         )
+        # Whole and on the CPU, where FSDP had left pieces.
+        adapter.load_state_dict(kept, assign=True)
         other = self.provenance(data)
         return lambda output: adapters.save(output, adapter, recipe.title, recipe.licence, recipe.origin, other)
 
     def train_stages(self, recipe: FinetuneRecipe) -> Callable[[Path], None]:
         """The weights themselves, each stage from the one before; what is new in a stage starts as the identity."""
         trained: dict[str, Tensor] = {}
-        unet = self.model.unet
-        fingerprints = []
+        data_of_stages = []
         for number, stage in enumerate(recipe.stages):
             name = f"{number + 1}-{stage.kind}"
             torch.manual_seed(recipe.seed + 10 * (number + 1))
-            unet = rebuilt(unet, with_merge(unet.config, stage.kind))
+            if number:
+                # From the file again, because training has rounded what was frozen, and FSDP taken it to pieces.
+                self.model.unet = checkpoint.load(recipe.checkpoint, dtype=None).unet
+            unet = rebuilt(self.model.unet, with_merge(self.config.unet, stage.kind))
             unet.load_state_dict(trained, strict=False)
             choose_layers(unet, stage.layers)
             store_weights(unet, self.work.dtype)
             unet.gradient_checkpointing = recipe.gradient_checkpointing
             data = self.data(stage.datasets or recipe.datasets, stage.schedule, recipe.seed + number)
             module = self.denoiser(stage, unet, data)
-            self.work.train(
+            trained |= self.work.train(
                 name,
                 module.to(self.work.device),
                 data.batches,
@@ -113,17 +117,21 @@ class Tuning:
                 frames_in=frames_in,
                 events=self.events(name, module, data),
             )
-            unet.cpu()
-            trained |= {key: weight.detach() for key, weight in unet.named_parameters() if weight.requires_grad}
-            fingerprints.append(data)
-        other = self.provenance(*fingerprints)
+            data_of_stages.append(data)
+        other = self.provenance(*data_of_stages)
         parent = self.model.metadata
         licence = recipe.licence
         if parent.licence != licence:
             licence = f"{licence}; trained from {parent.title}: {parent.licence}"
         metadata = replace(parent, title=recipe.title, licence=licence, origin=recipe.origin, date=None)
         metadata = replace(metadata, other={**parent.other, **other})
-        return partial(self.save, unet.config, trained, metadata, DTYPES[recipe.output_dtype])
+        return partial(
+            self.save,
+            with_merge(self.config.unet, recipe.stages[-1].kind),
+            trained,
+            metadata,
+            DTYPES[recipe.output_dtype],
+        )
 
     def save(
         self,

@@ -140,11 +140,11 @@ class Workspace:
             with contextlib.suppress(OSError), open(self.folder / "log.txt", "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    def restore(self, name: str, module: nn.Module) -> bool:
-        """Load a finished stage into `module`, if there is one."""
+    def restore(self, name: str, module: nn.Module) -> dict[str, Tensor] | None:
+        """Load a finished stage into `module`, if there is one, and return what it holds."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
-            return False
+            return None
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         missing = module.load_state_dict(tensors, strict=False).missing_keys
@@ -152,7 +152,7 @@ class Workspace:
         if lacking := [key for key in missing if key not in frozen]:
             raise ValueError(f"{path} is of another recipe: it lacks {lacking[0]}; delete it to train the stage again")
         self.log(f"{name}: found {path.name}, going on behind it")
-        return True
+        return tensors
 
     def keep(self, name: str, tensors: dict[str, Tensor], losses: list[float]) -> None:
         """Write a finished stage."""
@@ -177,14 +177,14 @@ class Workspace:
         unit: str = "clips",
         frames_in: Callable[[Any], int] = lambda batch: 0,
         events: Sequence[Event] = (),
-    ) -> None:
+    ) -> dict[str, Tensor]:
         """Train `module` and keep `part` of it (None: all), or restore that when an earlier start finished this stage.
 
-        `only_trained` leaves out of the file what was frozen.
+        `only_trained` leaves out of the file what was frozen. Returns what the file holds, on the CPU.
         """
         part = part or module
-        if not self.dry and self.restore(name, part):
-            return
+        if not self.dry and (found := self.restore(name, part)) is not None:
+            return found
         accelerator = self._accelerator(schedule.gradient_accumulation_steps, tracked=True)
         settle(accelerator, schedule)
         if not self.dry:
@@ -218,12 +218,13 @@ class Workspace:
         if self.dry:
             # Of the second step, because the first also warms up.
             self.estimates.append(Estimate(name, last["seconds_per_step"], steps, last["peak_gib"]))
-            return
         frozen = {key for key, weight in part.named_parameters() if not weight.requires_grad} if only_trained else ()
         # FSDP gathers its pieces here, for which it needs every process.
         kept = {key: whole(value) for key, value in part.state_dict().items() if key not in frozen}
-        self.keep(name, kept, losses)
-        states.clear()
+        if not self.dry:
+            self.keep(name, kept, losses)
+            states.clear()
+        return kept
 
 
 def settle(accelerator: Accelerator, schedule: Schedule) -> None:
