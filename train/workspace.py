@@ -60,7 +60,7 @@ class Workspace:
         self.folder = folder
         self.dry = dry
         self.estimates: list[Estimate] = []
-        self.accelerator = self._accelerator(1, tracked=False)
+        self.accelerator = self._accelerator(1)
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.process = Process(self.accelerator.process_index, self.accelerator.num_processes)
@@ -72,7 +72,8 @@ class Workspace:
         """What matrices are multiplied in, None for float32."""
         return PRECISIONS[self.recipe.precision]
 
-    def _accelerator(self, parts: int, *, tracked: bool) -> Accelerator:
+    def _accelerator(self, parts: int, stage: str = "") -> Accelerator:
+        """What runs the processes; for a stage it also keeps the curves, in a folder of the stage's own."""
         recipe = self.recipe
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         wanted = (
@@ -85,7 +86,7 @@ class Workspace:
             )
         if wanted == "cpu" and recipe.precision == "fp16":
             raise ValueError('precision: "fp16" needs a GPU; use "bf16" or "fp32" on a CPU')
-        trackers = self._trackers() if tracked and not self.dry else None
+        trackers = self._trackers() if stage and not self.dry else None
         # Otherwise a second run in one process would be refused another precision.
         AcceleratorState._reset_state()
         try:
@@ -94,7 +95,7 @@ class Workspace:
                 cpu=wanted == "cpu",
                 gradient_accumulation_steps=parts,
                 log_with=trackers,
-                project_dir=self.folder / "logs",
+                project_dir=self.folder / "logs" / stage if self.recipe.wandb else self.folder / "logs",
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             )
         except (ValueError, NotImplementedError) as error:
@@ -185,11 +186,12 @@ class Workspace:
         part = part or module
         if not self.dry and (found := self.restore(name, part)) is not None:
             return found
-        accelerator = self._accelerator(schedule.gradient_accumulation_steps, tracked=True)
+        accelerator = self._accelerator(schedule.gradient_accumulation_steps, name)
         settle(accelerator, schedule)
         if not self.dry:
-            config = {"recipe": describe(self.recipe), "stage": name} if self.recipe.wandb else None
-            accelerator.init_trackers(self.recipe.wandb or name, config)
+            wandb = {"name": f"{self.folder.name} {name}", "dir": str(self.folder)}
+            config = {"recipe": describe(self.recipe)} if self.recipe.wandb else None
+            accelerator.init_trackers(self.recipe.wandb or name, config, {"wandb": wandb})
         steps = schedule.steps
         if self.dry:
             schedule = replace(schedule, steps=DRY_STEPS, log_every=1)
