@@ -12,6 +12,8 @@ BENCHMARKS = {
     "demo": ("demo", "report"),
     "command": ("command", "report"),
     "gpu": ("gpu", "report"),
+    "training": ("training", "report"),
+    "recipes": ("recipes", "report"),
     "merges": ("merges", "report"),
     "convert": ("convert", "report"),
 }

@@ -25,6 +25,8 @@ from videofactory_core.diffusion import Schedule, guide
 from videofactory_core.sampling import sample
 from videofactory_core.unet.model import VideoUNet
 
+from .training import SIDES, Step, build
+
 ROUNDS = 5
 FRAMES, HEIGHT, WIDTH = 16, 24, 43
 STEPS = 20
@@ -217,6 +219,38 @@ def unet_table(unet: UNetConfig, clock: Clock, rates: dict[torch.dtype, float], 
             del model, forward
 
 
+def training_step(config: UNetConfig | None, checkpointing: bool, clock: Clock) -> tuple[float, float]:
+    """Milliseconds and peak GiB of a step of one clip; `config` None is diffusers' network."""
+    unet = build(config, checkpointing, clock.device, torch.float32)
+    step = Step(unet, (FRAMES, HEIGHT, WIDTH), torch.bfloat16)
+    return clock.time(step) * 1e3, clock.peak(step)
+
+
+def training_table(clock: Clock, started: float) -> None:
+    """One training step of one clip: time, peak memory, and their ratios to diffusers'."""
+    print(f"\none training step, {FRAMES} x {HEIGHT} x {WIDTH}, batch 1, bf16 over float32 weights, AdamW")
+    print(f"{'network':<32}{'':<15}{'ms':>9}{'ratio':>8}{'peak GiB':>10}{'ratio':>8}")
+    for checkpointing in (True, False):
+        base: tuple[float, float] | None = None
+        for name, config in SIDES.items():
+            label = f"{name:<32}{'checkpointing' if checkpointing else '':<15}"
+            if time.perf_counter() - started > LATEST_START:
+                print(f"{label} left out: no time left")
+                continue
+            with freed(clock.device):
+                try:
+                    found = training_step(config, checkpointing, clock)
+                except ImportError:
+                    print(f"{label} diffusers is not installed")
+                    continue
+                except torch.cuda.OutOfMemoryError:
+                    print(f"{label} does not fit")
+                    continue
+            base = found if config is None else base
+            ratios = [f"{value / first:.3f}" for value, first in zip(found, base, strict=True)] if base else ["", ""]
+            print(f"{label}{found[0]:9.1f}{ratios[0]:>8}{found[1]:10.2f}{ratios[1]:>8}", flush=True)
+
+
 def clip(config: ModelConfig, clock: Clock) -> None:
     """Decoding, and a whole guided clip from noise to frames, in bf16."""
     device, dtype = clock.device, torch.bfloat16
@@ -258,5 +292,6 @@ def report() -> None:
     with freed(device):
         rates = card_rates(clock)
     clip(config, clock)
+    training_table(clock, started)
     unet_table(config.unet, clock, rates, started)
     print(f"\n{time.perf_counter() - started:.0f} s in all")

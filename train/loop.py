@@ -285,7 +285,9 @@ def train(
                 torch.manual_seed((seed << 32) + number)
                 with accelerator.accumulate(model):
                     with sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext():
-                        loss = model(batch)
+                        # Under FSDP the prepared module does not do so by itself.
+                        with accelerator.autocast():
+                            loss = model(batch)
                         accelerator.backward(loss)
                     total += loss.detach() / parts
                     if not accelerator.sync_gradients:

@@ -69,8 +69,9 @@ class Workspace:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What matrices are multiplied in, None for float32."""
-        return PRECISIONS[self.recipe.precision]
+        """What matrices that do not train are stored as, None for float32: FSDP takes one type alone."""
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        return None if sharded else PRECISIONS[self.recipe.precision]
 
     def _accelerator(self, parts: int, stage: str = "") -> Accelerator:
         """What runs the processes; for a stage it also keeps the curves, in a folder of the stage's own."""
@@ -91,7 +92,7 @@ class Workspace:
         AcceleratorState._reset_state()
         try:
             return Accelerator(
-                mixed_precision="no" if self.dtype is None else recipe.precision,
+                mixed_precision="no" if PRECISIONS[recipe.precision] is None else recipe.precision,
                 cpu=wanted == "cpu",
                 gradient_accumulation_steps=parts,
                 log_with=trackers,
