@@ -55,7 +55,7 @@ MERGES: dict[str, dict[str, Any]] = {
 }
 SEEDS = (0, 1, 2)
 SCHEDULE = Schedule(
-    steps=300, batch_size=8, learning_rate=7e-4, warmup_steps=20, ema_decay=0.98, log_every=20, save_every=75
+    steps=1000, batch_size=8, learning_rate=5e-4, warmup_steps=50, ema_decay=0.99, log_every=50, save_every=250
 )
 SCORES = ("colour", "shape", "direction", "background", "steady", "all")
 

@@ -19,7 +19,7 @@ from ..videofactory_core import ops
 from ..videofactory_core.adapters import Adapter
 from ..videofactory_core.config import ModelConfig
 from ..videofactory_core.diffusion import Schedule
-from ..videofactory_core.objective import Noised, Objective, Process
+from ..videofactory_core.objective import Noised, Objective, Process, seed_for
 from . import host
 from .load import CATEGORY
 from .progress import pieces
@@ -350,7 +350,7 @@ def learn(
 
     losses: list[float] = []
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(settings, 0))
+        torch.default_generator.manual_seed(seed_for(settings.seed))
         adapter = Adapter(network, LAYERS[settings.layers], settings.rank, alpha=settings.rank)
         try:
             weights = list(adapter.to(device).parameters())
@@ -359,7 +359,7 @@ def learn(
                 step = piece.start
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * settings.share_at(step)
-                torch.default_generator.manual_seed(seed_of(settings, step))
+                torch.default_generator.manual_seed(seed_for(settings.seed, step))
                 chosen = [examples[i] for i in places(len(examples), step, settings)]
                 value = 0.0
                 for latents, context in batches(chosen, settings.length):
@@ -394,16 +394,11 @@ def loss_of(
     return objective.loss(predict(noised, context), noised)
 
 
-def seed_of(settings: Settings, step: int) -> int:
-    """The seed of a step, as for training from the command line; the upper half of large seeds counts too."""
-    return ((settings.seed << 32) + (settings.seed >> 32) + step) % (1 << 64)
-
-
 def places(count: int, step: int, settings: Settings) -> Iterator[int]:
     """Which of `count` clips a step looks at: all of them in a random order, then all in another one."""
     for position in range(step * settings.batch_size, (step + 1) * settings.batch_size):
         around, place = divmod(position, count)
-        generator = torch.Generator().manual_seed(seed_of(settings, around))
+        generator = torch.Generator().manual_seed(seed_for(settings.seed, around, 1))
         yield int(torch.randperm(count, generator=generator)[place])
 
 

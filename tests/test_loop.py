@@ -83,6 +83,15 @@ def test_every_step_has_a_line_and_its_figures(tmp_path: Path) -> None:
     assert [line.split()[1] for line in lines] == ["3/8", "6/8", "8/8"]
 
 
+def test_another_seed_draws_other_numbers(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    found = []
+    for seed in (0, 1, 1 << 32):
+        states = States(tmp_path / str(seed), "line", accelerator)
+        found.append(train(Line(), batches(4), SCHEDULE, accelerator, states, lambda line: None, seed=seed)[0])
+    assert len(set(found)) == 3
+
+
 def test_constant_learning_rate_stays_behind_its_warmup() -> None:
     constant = replace(SCHEDULE, lr_scheduler="constant")
     assert [constant.share_at(step) for step in (0, 1, 2, 7)] == [0.5, 1.0, 1.0, 1.0]

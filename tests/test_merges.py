@@ -16,6 +16,7 @@ from videofactory_train.loop import Schedule
 from videofactory_train.recipe import AutoencoderStage, DenoiserStage, ModelRecipe
 
 from benchmarks.merges import MERGES, Budget, Place, begin, compare, prepare, table
+from videofactory_core.objective import Objective
 
 FEW = Schedule(steps=2, batch_size=2, learning_rate=1e-3)
 BUDGET = Budget(
@@ -105,7 +106,7 @@ def test_finished_runs_stay_and_others_repeat(whole: tuple[Path, dict[str, list[
     assert compare(recipe(folder), folder / "merges", BUDGET, (0,), 1) == results
     assert kept.stat().st_mtime_ns == times
     # A result of another budget does not count.
-    longer = replace(BUDGET, timestep_shift=2.0)
+    longer = replace(BUDGET, objective=Objective(timestep_shift=2.0))
     assert Place(folder / "merges").read("none", 0, longer) is None
 
 
@@ -116,7 +117,7 @@ def test_a_killed_command_goes_on_with_the_same_numbers(
     command = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path)], stderr=subprocess.PIPE)
     until = time.monotonic() + 120
     # Until one run is done and another is under way.
-    while not (any(folder.glob("*.json")) and any(folder.glob("*.state.safetensors"))):
+    while not (any(folder.glob("*.json")) and any(folder.glob("states/*-step*"))):
         assert command.poll() is None, command.stderr and command.stderr.read().decode()
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -126,7 +127,7 @@ def test_a_killed_command_goes_on_with_the_same_numbers(
     assert len(done) < len(MERGES)
     assert compare(recipe(tmp_path), folder, BUDGET, (0,), 1) == whole[1]
     assert all((folder / name).read_bytes() == content for name, content in done.items())
-    assert not any(folder.glob("*.state.safetensors"))
+    assert not any(folder.glob("states/*-step*"))
 
 
 def test_table_says_means_spreads_and_every_seed(whole: tuple[Path, dict[str, list[dict[str, Any]]]]) -> None:

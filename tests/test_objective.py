@@ -10,7 +10,7 @@ from torch import Tensor
 
 from videofactory_core.config import DiffusionConfig, PredictionType
 from videofactory_core.diffusion import Schedule
-from videofactory_core.objective import Noised, Objective, Process, quantile_levels
+from videofactory_core.objective import Noised, Objective, Process, quantile_levels, seed_for
 
 SCHEDULE = Schedule.from_config(DiffusionConfig(prediction_type="v_prediction"))
 
@@ -52,6 +52,12 @@ def test_a_process_takes_its_part_of_every_batch() -> None:
     parts = [list(Process(rank, 2).items(3, 1, 20)) for rank in range(2)]
     assert parts == [[6, 7, 8, 12, 13, 14, 18, 19], [9, 10, 11, 15, 16, 17]]
     assert list(Process().items(3, 1, 20)) == list(range(3, 20))
+
+
+def test_every_number_counts_in_a_seed() -> None:
+    numbers = [(0,), (1,), (0, 0), (0, 1), (1, 0), (1 << 32, 0), (1 << 40, 0), (3, 2, 1)]
+    drawn = {float(torch.rand((), generator=torch.Generator().manual_seed(seed_for(*n)))) for n in numbers}
+    assert len(drawn) == len(numbers)
 
 
 def test_captions_are_dropped_as_often_as_asked() -> None:

@@ -144,6 +144,9 @@ def test_batches_hold_single_frames_of_the_opening_or_clips(opening: int | None,
     batches = LatentBatches(Latents(numbers, torch.zeros(6, 77)), 8, opening, stride, 0, Process())(0)
     latents = [next(batches).latents for _ in range(20)]
     assert {batch.shape[2] for batch in latents} == {len(frames) if opening is None else 1}
+    tokens = torch.arange(6).view(6, 1).expand(6, 77)
+    orders = [next(LatentBatches(Latents(numbers, tokens), 8, 1, 1, seed, Process())(0)).tokens for seed in (0, 1)]
+    assert not torch.equal(*orders)
     assert {int(number) for batch in latents for number in batch.unique()} == frames
 
 
@@ -178,15 +181,16 @@ groups = 1
 blocks = 1
 features = 16
 [schedule]
-steps = 20
+steps = 40
 batch_size = 4
-learning_rate = 1e-3
+learning_rate = 3e-3
+warmup_steps = 2
 """
     )
     model = upscaler.load(made(recipe))
     assert model(torch.rand(1, 3, 8, 16)).shape == (1, 3, 32, 64)
     losses = json.loads((tmp_path / "x4" / "upscaler.losses.json").read_text())
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(losses[-15:]) < 0.8 * sum(losses[:15])
 
 
 def test_a_lora_is_trained_on_a_model_that_stays_as_it_is(tmp_path: Path) -> None:

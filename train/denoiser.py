@@ -18,7 +18,7 @@ from videofactory_core.adapters import Adapter
 from videofactory_core.autoencoder import Autoencoder
 from videofactory_core.config import ModelConfig, UNetConfig
 from videofactory_core.diffusion import Schedule
-from videofactory_core.objective import Objective, Process
+from videofactory_core.objective import Objective, Process, seed_for
 from videofactory_core.text import TextEncoder, Tokenizer, pad_token
 from videofactory_core.unet.model import VideoUNet
 
@@ -73,7 +73,7 @@ class LatentBatches:
         """This process's part of batch number `first` and of those behind it."""
         whole = self.process.world * self.batch_size
         for number in itertools.count(first):
-            generator = torch.Generator().manual_seed((self.seed << 32) + number)
+            generator = torch.Generator().manual_seed(seed_for(self.seed, number))
             chosen = self.process.rows(torch.randint(len(self.data.latents), (whole,), generator=generator))
             latents = self.data.latents[chosen]
             if self.opening is not None:

@@ -19,6 +19,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from videofactory_core.objective import seed_for
+
 from . import optimizer as optimizers
 from .state import States
 
@@ -282,7 +284,7 @@ def train(
                     batch = next(items)
                 meter.frames += frames_in(batch)
                 # Behind the batch, because a loader draws a number when it starts.
-                torch.manual_seed((seed << 32) + number)
+                torch.manual_seed(seed_for(seed, number))
                 with accelerator.accumulate(model):
                     with sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext():
                         # Under FSDP the prepared module does not do so by itself.

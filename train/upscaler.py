@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from videofactory_core.autoencoder import Autoencoder
-from videofactory_core.objective import Process
+from videofactory_core.objective import Process, seed_for
 from videofactory_core.upscaler import Upscaler
 
 from .data.moving_shapes import MovingShapes, draw
@@ -53,7 +53,7 @@ def patch_batches(
     loader = DataLoader(pairs, batch_size, sampler=order, num_workers=workers, drop_last=True)
     for number, (small, large) in enumerate(loader, first):
         own = number * process.world + process.rank
-        generator = torch.Generator().manual_seed((seed << 32) + own)
+        generator = torch.Generator().manual_seed(seed_for(seed, own))
         with torch.no_grad():
             latents = autoencoder.encode(rearrange(small, "B C H W -> B C 1 H W"))
             spoiled = rearrange(autoencoder.decode(latents), "B C 1 H W -> B C H W").clamp(-1, 1)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from videofactory_core.diffusion import Schedule
-from videofactory_core.objective import quantile_levels
+from videofactory_core.objective import quantile_levels, seed_for
 
 from .data.batches import Batch
 from .denoiser import Answers
@@ -49,7 +49,7 @@ class Validation:
         clips = 0
         for number, batch in enumerate(self.batches):
             latents, context = batch.latents.to(device), batch.context.to(device)
-            levels = quantile_levels(latents, self.schedule, self.quantiles, (self.seed << 32) + number)
+            levels = quantile_levels(latents, self.schedule, self.quantiles, seed_for(self.seed, number))
             for i, level in enumerate(levels):
                 with self.accelerator.autocast():
                     prediction = self.unet(level.latents, level.timesteps, context)

@@ -6,11 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from .diffusion import Schedule
+
+
+def seed_for(seed: int, *where: int) -> int:
+    """A seed of 32 bits for a place in a run, all numbers 0 or more: the generator for CPUs keeps no more of any.
+
+    Shifted together instead, `seed` would fall off the end.
+    """
+    return int(np.random.SeedSequence(seed, spawn_key=where).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
