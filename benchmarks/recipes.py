@@ -170,6 +170,8 @@ def compute(job: Job) -> Need:
         step = replace(step, gradients=step.gradients + 4 * trained)
     # While the average is in the place of the weights, these are kept beside it.
     kept = 4.0 * trained if schedule.ema_decay else 0.0
+    if schedule.offload:
+        host, kept = host + kept, 0.0
     return Need(
         job,
         trained,

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from videofactory_core.autoencoder import Autoencoder
 from videofactory_core.config import PRESETS
 from videofactory_core.text import TextEncoder
 from videofactory_core.video import write_video
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = PRESETS["debug"]
 BUCKET = Bucket(4, 16, 8)

@@ -18,6 +18,8 @@ from videofactory_train.recipe import AutoencoderStage, DenoiserStage, ModelReci
 from benchmarks.merges import MERGES, Budget, Place, begin, compare, prepare, table
 from videofactory_core.objective import Objective
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEW = Schedule(steps=2, batch_size=2, learning_rate=1e-3)
 BUDGET = Budget(
     schedule=Schedule(steps=6, batch_size=2, learning_rate=1e-2, warmup_steps=1, save_every=2),

@@ -25,6 +25,8 @@ from videofactory_train.run import run_recipe
 from videofactory_core import adapters, checkpoint
 from videofactory_core.video import read_video, write_video
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
 
 COMMON = """\
@@ -115,6 +117,7 @@ def test_a_lora_comes_with_validation_samples_logs_and_its_history(
     tmp_path: Path, clips: Path, debug_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = made(write(tmp_path, LORA, clips, debug_checkpoint))
+    printed = capsys.readouterr().out
     model = checkpoint.load(debug_checkpoint)
     before = {key: value.clone() for key, value in model.unet.state_dict().items()}
     report = adapters.merge(model, adapters.read(output))
@@ -134,12 +137,19 @@ def test_a_lora_comes_with_validation_samples_logs_and_its_history(
     assert json.loads(clip.metadata["videofactory"])["training_step"] == 4
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
+    capsys.readouterr()
+    assert main(["inspect", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert f'"file": "{debug_checkpoint.name}"' in said
+    assert re.search(r"trained with +\d+ samples, [0-9a-f]{32}", said)
+    assert main(["inspect", str(output), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["history"]
+    assert json.loads(found["recipe"])["schedule"]["steps"] == 4
     header = checkpoint.read_header(output).metadata
     assert json.loads(header["recipe"])["adapter"]["rank"] == 2
     assert re.fullmatch(r"\d+ samples, [0-9a-f]{32}", header["dataset"])
     assert json.loads(header["parents"])[0]["file"] == debug_checkpoint.name
     assert header["modelspec.license"] == "MIT"
-    printed = capsys.readouterr().out
     assert "left out orange.png: a picture needs a bucket of one frame" in printed
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == printed.splitlines()
 

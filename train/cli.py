@@ -279,6 +279,9 @@ def run_inspect(options: argparse.Namespace) -> None:
         keys = getattr(found.differences, name)
         if keys:
             rows += [(name, f"{len(keys)} keys, such as {', '.join(keys[:3])}")]
+    rows += [("made from", found.history["parents"])] if "parents" in found.history else []
+    rows += [("trained with", found.history["dataset"])] if "dataset" in found.history else []
+    rows += [("recipe", "see --json")] if "recipe" in found.history else []
     rows += [("note", note) for note in found.notes]
     for name, value in rows:
         print(f"{name:<14}{value}")

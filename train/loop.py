@@ -102,8 +102,9 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module with its averages, as long as this lasts."""
-        kept = [weight.detach().clone() for weight in self.weights]
+        """The module with its averages, as long as this lasts; its own weights wait where those were."""
+        pairs = zip(self.weights, self.average, strict=True)
+        kept = [weight.detach().to(average.device, copy=True) for weight, average in pairs]
         self.copy_to_module()
         try:
             yield

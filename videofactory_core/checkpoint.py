@@ -38,6 +38,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_KEPT_BYTES = 1_000_000
 # Metadata: a matrix from latents, and 1, to red, green and blue.
 PREVIEW = "preview_colours"
+# Metadata of what was trained: the recipe and the models that it was made from, both JSON, and the data's fingerprint.
+HISTORY = ("recipe", "parents", "dataset")
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -515,6 +517,8 @@ class Explanation:
     config: ModelConfig | None
     parts: tuple[Part, ...]
     differences: Differences
+    # How it was trained, where the file tells: entries of `HISTORY`.
+    history: dict[str, str]
     # Whole sentences: what was assumed, what is wrong.
     notes: tuple[str, ...]
 
@@ -562,6 +566,7 @@ def explain(path: str | os.PathLike[str]) -> Explanation:
         config=config,
         parts=_parts(header),
         differences=differences,
+        history={key: _printable(header.metadata[key]) for key in HISTORY if key in header.metadata},
         notes=tuple(notes),
     )
 
