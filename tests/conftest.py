@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import torch
 
 from videofactory_core import checkpoint
 from videofactory_core.config import PRESETS
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several processes would wait for each other; and for the processes that tests start.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
