@@ -36,7 +36,7 @@ from videofactory_train.workspace import Workspace
 
 from videofactory_core import checkpoint
 from videofactory_core.diffusion import Schedule as NoiseSchedule
-from videofactory_core.objective import Objective, Process
+from videofactory_core.objective import Objective, Process, quantile_levels
 from videofactory_core.pipeline import generate
 from videofactory_core.text import Tokenizer, pad_token
 from videofactory_core.unet.model import VideoUNet
@@ -66,9 +66,9 @@ class Budget:
 
     schedule: Schedule = SCHEDULE
     objective: Objective = Objective(timestep_shift=4.0)  # noqa: RUF009 (frozen)
-    # Clips of held-out combinations for the validation loss, each at every one of these shares of the noise schedule.
+    # Clips of held-out combinations for the validation loss, each in so many equal parts of the noise schedule.
     clips: int = 2 * len(HELD_OUT)
-    quantiles: tuple[float, ...] = (0.125, 0.375, 0.625, 0.875)
+    quantiles: int = 4
     # How many held-out combinations are sampled.
     samples: int = len(HELD_OUT)
 
@@ -148,21 +148,17 @@ def begin(place: Place, name: str, seed: int) -> checkpoint.Model:
 
 
 @torch.no_grad()
-def validate(model: checkpoint.Model, data: Latents, quantiles: Sequence[float]) -> list[float]:
-    """The loss on `data` at each of `quantiles`, shares of the noise schedule, with noise that is always the same."""
+def validate(model: checkpoint.Model, data: Latents, quantiles: int) -> list[float]:
+    """The loss on `data` in each of `quantiles` equal parts of the noise schedule, always with the same noise."""
     model.unet.eval()
     schedule = NoiseSchedule.from_config(model.config.diffusion)
     device = next(model.unet.parameters()).device
-    losses: list[list[float]] = [[] for _ in quantiles]
+    losses: list[list[float]] = [[] for _ in range(quantiles)]
     for first in range(0, len(data.latents), 8):
-        latents = data.latents[first : first + 8].float()
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(first))
+        latents = data.latents[first : first + 8].float().to(device)
         context = model.text_encoder(data.tokens[first : first + 8].to(device))
-        latents, noise = latents.to(device), noise.to(device)
-        for found, share in zip(losses, quantiles, strict=True):
-            timesteps = torch.full((len(latents),), int(share * schedule.num_timesteps), device=device)
-            prediction = model.unet(schedule.add_noise(latents, noise, timesteps), timesteps, context).float()
-            error = (prediction - schedule.target(latents, noise, timesteps)).square()
+        for found, level in zip(losses, quantile_levels(latents, schedule, quantiles, first), strict=True):
+            error = (model.unet(level.latents, level.timesteps, context).float() - level.target).square()
             found.extend(error.mean(dim=(1, 2, 3, 4)).tolist())
     return [mean(found) for found in losses]
 
@@ -264,7 +260,7 @@ def table(results: dict[str, list[dict[str, Any]]], budget: Budget) -> str:
     """The comparison in Markdown: the mean over the seeds, their standard deviation, and each seed."""
     first = next(iter(results.values()))
     seeds = [f"seed {result['seed']}" for result in first]
-    quantiles = [f"at {share:g}" for share in budget.quantiles]
+    quantiles = [f"at {(i + 0.5) / budget.quantiles:g}" for i in range(budget.quantiles)]
     lines = [row(["validation loss", "mean", "deviation", *seeds, *quantiles, "U-Net weights"])]
     lines.append(row(["---"] * (4 + len(seeds) + len(quantiles))))
     start = first[0]["before"]

@@ -91,7 +91,7 @@ class Job:
         store_weights(unet, self.dtype)
         unet.gradient_checkpointing = self.recipe.gradient_checkpointing
         schedule = NoiseSchedule.from_config(self.config.diffusion)
-        return Denoiser(unet, objective, schedule, self.context(1, device), adapter=adapter)
+        return Denoiser(unet, objective, schedule, self.context(1, device)[0], adapter=adapter)
 
     def context(self, count: int, device: torch.device) -> Tensor:
         """Text features of noise."""

@@ -19,7 +19,7 @@ from ..videofactory_core import ops
 from ..videofactory_core.adapters import Adapter
 from ..videofactory_core.config import ModelConfig
 from ..videofactory_core.diffusion import Schedule
-from ..videofactory_core.objective import Noised, Objective, Process, seed_for
+from ..videofactory_core.objective import Noised, Objective, Process, learning_rate_share, seed_for
 from . import host
 from .load import CATEGORY
 from .progress import pieces
@@ -63,12 +63,8 @@ class Settings:
     gradient_checkpointing: bool
 
     def share_at(self, step: int) -> float:
-        """Learning rate of a step as a share of the highest: a short rise, then along a cosine."""
-        warmup = max(1, round(WARMUP_SHARE * self.steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
+        """Learning rate of a step as a share of the highest."""
+        return learning_rate_share(step, self.steps, max(1, round(WARMUP_SHARE * self.steps)), FINAL_SHARE)
 
 
 class TrainLoRA(io.ComfyNode):
@@ -387,9 +383,7 @@ def loss_of(
     All of them stay on the CPU, where the same seed draws the same everywhere.
     """
     objective, process = Objective(), Process()
-    dropped = objective.drops(latents, process)
-    # Text features are as long as chunks of a prompt are many; repeated ones mean the same.
-    context = torch.where(dropped[:, None, None], empty.repeat(context.shape[1] // len(empty), 1), context)
+    context = objective.drop_captions(context, empty, process)
     noised = objective.noised(latents, schedule, process)
     return objective.loss(predict(noised, context), noised)
 

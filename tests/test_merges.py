@@ -24,7 +24,7 @@ FEW = Schedule(steps=2, batch_size=2, learning_rate=1e-3)
 BUDGET = Budget(
     schedule=Schedule(steps=6, batch_size=2, learning_rate=1e-2, warmup_steps=1, save_every=2),
     clips=3,
-    quantiles=(0.25, 0.75),
+    quantiles=2,
     samples=1,
 )
 # What the command does, in a process that can be killed.

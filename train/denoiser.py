@@ -101,7 +101,7 @@ class Denoiser(nn.Module):
     """What trains together: `unet`, perhaps the `text_encoder`, perhaps an `adapter` on the U-Net.
 
     The tokens of `Latents` go through the text encoder; a `Batch` brings its features. `empty` is what a dropped
-    caption becomes: the tokens `[1, 77]` or the features `[1, 77, D]` of the empty prompt.
+    caption becomes: the tokens `[1, 77]` or the features `[77, D]` of the empty prompt.
     """
 
     def __init__(
@@ -130,15 +130,13 @@ class Denoiser(nn.Module):
             return self.unet(*batch)
         device = next(self.parameters()).device
         latents = batch.latents.to(device)
-        dropped = self.objective.drops(latents, self.process)[:, None, None]
         empty = self.empty.to(device)
         if isinstance(batch, Latents):
             assert self.text_encoder is not None
-            context = self.text_encoder(torch.where(dropped, empty, batch.tokens.to(device)))
+            dropped = self.objective.drops(latents, self.process)
+            context = self.text_encoder(torch.where(dropped[:, None, None], empty, batch.tokens.to(device)))
         else:
-            # Long captions come in chunks, and the empty prompt fills as many.
-            context = batch.context.to(device)
-            context = torch.where(dropped, empty.repeat(1, context.shape[1] // empty.shape[1], 1), context)
+            context = self.objective.drop_captions(batch.context.to(device), empty, self.process)
         noised = self.objective.noised(latents, self.schedule, self.process)
         return self.objective.loss(self.unet(noised.latents, noised.timesteps, context), noised)
 

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from videofactory_core.objective import seed_for
+from videofactory_core.objective import learning_rate_share, seed_for
 
 from . import optimizer as optimizers
 from .state import States
@@ -66,12 +66,8 @@ class Schedule:
 
     def share_at(self, step: int) -> float:
         """Learning rate of a step as a share of the highest."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.lr_scheduler == "constant":
-            return 1.0
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * done))
+        final_share = 1.0 if self.lr_scheduler == "constant" else self.final_share
+        return learning_rate_share(step, self.steps, self.warmup_steps, final_share)
 
 
 class Average:

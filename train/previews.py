@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,17 +20,15 @@ from .contact_sheet import contact_sheet
 from .recipe import Samples
 
 
+@dataclass(frozen=True)
 class Previews:
     """Samples every prompt from `model` as it is now: `folder/step-000250/1.mp4`, ... and a `sheet.jpg` beside them."""
 
-    def __init__(
-        self, model: Model, samples: Samples, folder: Path, accelerator: Accelerator, log: Callable[[str], None]
-    ) -> None:
-        self.model = model
-        self.samples = samples
-        self.folder = folder
-        self.accelerator = accelerator
-        self.log = log
+    model: Model
+    samples: Samples
+    folder: Path
+    accelerator: Accelerator
+    log: Callable[[str], None]
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:

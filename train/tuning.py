@@ -65,6 +65,8 @@ class Tuning:
         self.schedule = NoiseSchedule.from_config(self.config.diffusion)
         for part in (self.model.autoencoder, self.model.text_encoder):
             part.float().requires_grad_(False)
+        # Stages share datasets, and every file of one has to be looked into.
+        self.found: dict[DatasetConfig, list[Sample]] = {}
 
     def train_adapter(self, recipe: AdapterRecipe) -> Callable[[Path], None]:
         """A LoRA on the U-Net, whose own weights stay as they are."""
@@ -98,7 +100,7 @@ class Tuning:
             torch.manual_seed(recipe.seed + 10 * (number + 1))
             if number:
                 # From the file again, because training has rounded what was frozen, and FSDP taken it to pieces.
-                self.model.unet = checkpoint.load(recipe.checkpoint, dtype=None).unet
+                self.model.unet = read_unet(recipe.checkpoint)
             unet = rebuilt(self.model.unet, with_merge(self.config.unet, stage.kind))
             unet.load_state_dict(trained, strict=False)
             choose_layers(unet, stage.layers)
@@ -221,7 +223,7 @@ class Tuning:
         wanted = [sample for part in parts for sample in part] if recipe.cache_latents else []
         model = self.model
         filled: Filled | None = None
-        empty = model.text_encoder.encode([""])
+        (empty,) = model.text_encoder.encode([""])
         if wanted or held_out:
             filled = Cache(folder).fill(
                 [*wanted, *held_out],
@@ -261,6 +263,8 @@ class Tuning:
 
     def samples(self, dataset: DatasetConfig) -> list[Sample]:
         """What can be cut out of a dataset's clips; what cannot is logged with its reason."""
+        if dataset in self.found:
+            return self.found[dataset]
         clips = read_dataset(Path(dataset.path), dataset.caption_extension)
         planned = plan(clips, dataset, self.config, self.recipe.workers)
         for clip in planned:
@@ -268,7 +272,7 @@ class Tuning:
                 self.work.log(f"left out {clip.clip.name}: {clip.reason}")
             elif clip.note:
                 self.work.log(f"{clip.clip.name}: {clip.note}")
-        found = [sample for clip in planned for sample in clip.samples]
+        found = self.found[dataset] = [sample for clip in planned for sample in clip.samples]
         left_out = sum(1 for clip in planned if clip.reason)
         self.work.log(f"{dataset.path}: {len(found)} samples of {len(planned) - left_out} clips, {left_out} left out")
         return found
@@ -326,6 +330,13 @@ class Tuning:
             "dataset": "; ".join(dict.fromkeys(part.fingerprint for part in data)),
             "parents": json.dumps([parent], ensure_ascii=False),
         }
+
+
+def read_unet(path: str) -> VideoUNet:
+    """The U-Net of a checkpoint alone, as it is stored."""
+    file, model = checkpoint.check(path)
+    model.unet.load_state_dict(file.read("unet"), assign=True)
+    return model.unet
 
 
 def with_merge(config: UNetConfig, kind: str) -> UNetConfig:

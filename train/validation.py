@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,31 +17,21 @@ from .data.batches import Batch
 from .denoiser import Answers
 
 
+@dataclass(frozen=True)
 class Validation:
     """The mean squared error of `unet` on `batches`, at the middles of `quantiles` equal parts of the noise schedule.
 
     A call writes a line of JSON to `file` and returns the mean as `validation_loss`, and each part's, low noise first.
     """
 
-    def __init__(
-        self,
-        unet: Answers,
-        batches: Sequence[Batch],
-        schedule: Schedule,
-        quantiles: int,
-        seed: int,
-        accelerator: Accelerator,
-        file: Path,
-        log: Callable[[str], None],
-    ) -> None:
-        self.unet = unet
-        self.batches = batches
-        self.schedule = schedule
-        self.quantiles = quantiles
-        self.seed = seed
-        self.accelerator = accelerator
-        self.file = file
-        self.log = log
+    unet: Answers
+    batches: Sequence[Batch]
+    schedule: Schedule
+    quantiles: int
+    seed: int
+    accelerator: Accelerator
+    file: Path
+    log: Callable[[str], None]
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:

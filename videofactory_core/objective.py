@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +21,14 @@ def seed_for(seed: int, *where: int) -> int:
     Shifted together instead, `seed` would fall off the end.
     """
     return int(np.random.SeedSequence(seed, spawn_key=where).generate_state(1)[0])
+
+
+def learning_rate_share(step: int, steps: int, warmup_steps: int, final_share: float) -> float:
+    """Learning rate of a step as a share of the highest: a linear rise, then along a cosine to `final_share`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,14 @@ class Objective:
     def drops(self, like: Tensor, process: Process) -> Tensor:
         """Which of the clips of `like [B, ...]` lose their caption: `[B]`, bool."""
         return process.uniform(like) < self.caption_dropout
+
+    def drop_captions(self, context: Tensor, empty: Tensor, process: Process) -> Tensor:
+        """Text features `[B, L, D]`, some of them replaced by those of the empty prompt, `empty [77, D]`.
+
+        Long captions come in chunks of 77, and the empty prompt fills as many.
+        """
+        dropped = self.drops(context, process)
+        return torch.where(dropped[:, None, None], empty.repeat(context.shape[1] // len(empty), 1), context)
 
     def noised(self, latents: Tensor, schedule: Schedule, process: Process) -> Noised:
         """Clean `latents [B, C, F, H, W]` at a random level each."""
