@@ -19,8 +19,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from videofactory_core import video
-from videofactory_core.video import Probe, check_writable, probe, read_frames, read_metadata, read_video, write_video
+from videofactory_core.video import (
+    Probe,
+    check_writable,
+    probe,
+    read_frames,
+    read_metadata,
+    read_video,
+    write,
+    write_video,
+)
 
 SUFFIXES = (".mp4", ".webm", ".gif")
 METADATA = {
@@ -750,15 +758,15 @@ def test_a_failure_half_way_leaves_the_old_file(
 ) -> None:
     write_video(tmp_path / "clip.mp4", smooth_clip(2, 16, 16), 8)
     before = (tmp_path / "clip.mp4").read_bytes()
-    convert, calls = video._to_uint8, []
+    convert, calls = write._to_uint8, []
 
-    def fail_later(pixels: Tensor) -> video.Pixels:
+    def fail_later(pixels: Tensor) -> write.Pixels:
         calls.append(pixels)
         if len(calls) == 5:
             raise failure
         return convert(pixels)
 
-    monkeypatch.setattr(video, "_to_uint8", fail_later)
+    monkeypatch.setattr(write, "_to_uint8", fail_later)
     with pytest.raises(type(failure)):
         write_video(tmp_path / "clip.mp4", smooth_clip(8, 16, 16), 8)
     assert len(calls) == 5
