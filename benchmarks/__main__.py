@@ -16,6 +16,8 @@ BENCHMARKS = {
     "recipes": ("recipes", "report"),
     "merges": ("merges", "report"),
     "convert": ("convert", "report"),
+    "upscale": ("upscale", "speed"),
+    "upscale-quality": ("upscale", "quality"),
 }
 
 if len(sys.argv) != 2 or sys.argv[1] not in BENCHMARKS:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import comfy.model_management
 import comfy.utils
+
+Item = TypeVar("Item")
 
 
 def pieces(count: int, size: int) -> Iterator[slice]:
@@ -16,3 +19,12 @@ def pieces(count: int, size: int) -> Iterator[slice]:
         end = min(start + size, count)
         yield slice(start, end)
         progress.update(end - start)
+
+
+def watched(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, of which there are `count`; raises the host's exception when the user interrupts."""
+    progress = comfy.utils.ProgressBar(count)
+    for item in items:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield item
+        progress.update(1)

@@ -597,7 +597,7 @@ BAD: dict[str, tuple[Bad, str]] = {
     "the wrong part": (lambda folder, parts: {"autoencoder": parts["text_encoder"]}, "and has no autoencoder: choose"),
     "motion that is none": (lambda folder, parts: {"motion": parts["autoencoder"]}, "not a motion module: choose"),
     "code in a pickle": (code, "holds more than tensors or is damaged; get"),
-    "an old pickle": (old_pickle, "of a format too old to be read safely; get"),
+    "code in an old pickle": (old_pickle, "holds more than tensors or is damaged; get"),
     "an empty folder": (lambda folder, parts: {"base": folder / "empty"}, "has no weights"),
     "no file": (lambda folder, parts: {"base": folder / "nothing.safetensors"}, "does not exist"),
     "learned frame positions": (foreign_positions, "is no sinusoid of the frame number"),

@@ -586,14 +586,19 @@ def _read_pickle(path: Path) -> tuple[Header, str]:
 def open_pickle(path: Path, device: str) -> dict[str, Tensor]:
     """The tensors of a pickle by PyTorch's restricted reader, which runs no code: on "cpu" as windows onto the file.
 
-    On "meta" they are shapes and types alone. Raises CheckpointError for a pickle that holds anything else.
+    On "meta" they are shapes and types alone. The format before PyTorch 1.6 is read into memory. Raises CheckpointError
+    for a pickle that holds anything else.
     """
-    # The restricted reader could be tricked with PyTorch's older formats before 2.6.
     with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            raise CheckpointError(f"{path} is a pickle of a format too old to be read safely; get a .safetensors file")
+        zipped = file.read(2) == b"PK"
+    # The restricted reader could be tricked with the older format before 2.6.
+    if not zipped and torch.__version__ < "2.6":  # compared as versions
+        raise CheckpointError(
+            f"{path} is a pickle of an old format, which PyTorch reads safely from 2.6 on; update it, or get a "
+            ".safetensors file"
+        )
     try:
-        data = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        data = torch.load(path, map_location=device, weights_only=True, mmap=zipped)
     except Exception as error:  # the reader meets hostile input with exceptions of many kinds
         raise CheckpointError(
             f"{path} is a pickle that holds more than tensors or is damaged; get a .safetensors file"

@@ -52,6 +52,7 @@ class Kind(NamedTuple):
 
 _CONVERT = "turn it into one with `videofactory convert`"
 _TRANSFORMER = "it cannot be used here, because it is a transformer and no U-Net"
+_UPSCALER = "give it to ComfyUI's own Load Upscale Model and Upscale Image (using Model), or name an RCAN"
 _PART = "give it to `videofactory convert` beside a model that lacks it"
 
 # Cross-attention of a Stable Diffusion U-Net in either layout, up to the width of its text features.
@@ -117,6 +118,11 @@ KINDS = (
         "load it as the upscaler",
         r"\bbody\.0\.body\.0\.body\.3\.conv_du\.0\.weight",
     ),
+    Kind("esrgan", "an ESRGAN upscaler", _UPSCALER, r"(?i)\brdb1\.conv1\."),
+    Kind("hat", "a HAT upscaler", _UPSCALER, r"\blayers\.0\.residual_group\.overlap_attn\."),
+    Kind("swinir", "a SwinIR upscaler", _UPSCALER, r"\blayers\.0\.residual_group\.blocks\.0\.attn\."),
+    Kind("edsr", "an EDSR upscaler", _UPSCALER, r"^body\.0\.body\.0\.weight (\d+)x\1x3x3$"),
+    Kind("compact", "a Real-ESRGAN Compact upscaler", _UPSCALER, r"^body\.1\.weight \d+$"),
     Kind("vae", "an autoencoder alone", _PART, r"\bdecoder\.(mid\.block_1|mid_block\.resnets\.0)\."),
     Kind("clip", "a CLIP text encoder alone", _PART, r"\btoken_embedding\.weight"),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from .checkpoint import Model
 from .config import ModelConfig
 from .diffusion import Schedule, guide
+from .memory import total_memory
 from .sampling import SAMPLERS, sample
 
 
@@ -60,15 +60,6 @@ def check_memory(config: ModelConfig, num_frames: int, width: int, height: int, 
             f"{num_frames} frames of {width}x{height} need more than the {total / 2**30:.0f} GiB of memory that there"
             " are; ask for a smaller size or fewer frames"
         )
-
-
-def total_memory(device: torch.device) -> int | None:
-    """Bytes of memory of a device, None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 @torch.no_grad()

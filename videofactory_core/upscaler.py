@@ -6,18 +6,32 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from einops import rearrange
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, modelspec, read_header, write
+from .checkpoint import DEMO, CheckpointError, modelspec, write
+from .convert.sources import open_source
+from .detect import identify
+from .memory import is_out_of_memory, total_memory
+from .video import open_frames, write_frames
 
+BUNDLED = DEMO.with_name("demo-x4.safetensors")
 # What the authors subtract from pictures in 0..1 before, and add after, when a file has the keys for it.
 MEAN = (0.4488, 0.4371, 0.4040)
 AUTHORS_RANGE = 255.0
+# Pixels of the input that neighbouring tiles share; convolutions of the light preset look 19 far.
+OVERLAP = 32
+SMALLEST_TILE = 64
+# Memory that RCANs of 64 features take in float32 for each pixel of a result: its features about three times.
+BYTES_A_PIXEL = 768
+# Tags that describe the file that they stand in.
+OF_THE_CONTAINER = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,10 @@ class UpscalerConfig:
             raise ValueError(f"no RCAN has {self.groups} groups of {self.blocks} blocks of {self.features} features")
         if self.scale not in (2, 3, 4, 8):
             raise ValueError(f"an RCAN enlarges 2, 3, 4 or 8 times, not {self.scale} times")
+
+
+# The paper's size, and a light one (0.97 M).
+PRESETS = {"rcan": UpscalerConfig(), "rcan-light": UpscalerConfig(groups=1)}
 
 
 class ChannelAttention(nn.Module):
@@ -62,13 +80,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(features, features, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(features, features, 3, padding=1),
             ChannelAttention(features, reduction),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        return _add(self.body(x), x)
 
 
 class ResidualGroup(nn.Module):
@@ -80,7 +98,12 @@ class ResidualGroup(nn.Module):
         self.body = nn.Sequential(*blocks, nn.Conv2d(config.features, config.features, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        return _add(self.body(x), x)
+
+
+def _add(fresh: Tensor, x: Tensor) -> Tensor:
+    """Their sum, in the memory of `fresh`, which nothing else needs."""
+    return fresh.add_(x) if fresh.dtype == x.dtype else fresh + x
 
 
 class Upscaler(nn.Module):
@@ -97,14 +120,30 @@ class Upscaler(nn.Module):
         if config.mean_shift:
             self.sub_mean, self.add_mean = (_shift(sign) for sign in (-1, 1))
 
+    def prepare(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Upscaler:
+        """For inference: on `device`, channels last, and in `dtype` but for both ends, which stay in float32.
+
+        The ends read and write colours, whose rounding shows; of bfloat16's error half is theirs.
+        """
+        self.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        self.body.to(dtype)
+        self.tail[0].to(dtype)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(_dtype(self.head))
         if not self.config.mean_shift:
             return self.enlarge(x)
         return self.add_mean(self.enlarge(self.sub_mean(x * AUTHORS_RANGE))) / AUTHORS_RANGE
 
     def enlarge(self, x: Tensor) -> Tensor:
-        x = self.head(x)
-        return self.tail(x + self.body(x))
+        x = self.head(x).to(_dtype(self.body))
+        x = self.tail[0](_add(self.body(x), x))
+        return self.tail[1](x.to(_dtype(self.tail[1])))
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    return next(layer.parameters()).dtype
 
 
 def _enlarge(features: int, scale: int) -> nn.Sequential:
@@ -146,23 +185,186 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     return sum(re.fullmatch(pattern, key) is not None for key in shapes)
 
 
-def load(path: str | os.PathLike[str]) -> Upscaler:
-    """An upscaler from a safetensors file, in eval mode; CheckpointError, a ValueError, for any other file."""
-    header = read_header(path)
-    try:
-        model = Upscaler(detect(header.shapes))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    with safe_open(path, "pt") as file:
-        model.load_state_dict({key: file.get_tensor(key).float() for key in header.shapes})
+def build(tensors: Mapping[str, Tensor]) -> Upscaler:
+    """The upscaler with these weights, in float32 and eval mode; ValueError when they are no RCAN's."""
+    model = Upscaler(detect({key: tuple(tensor.shape) for key, tensor in tensors.items()}))
+    model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
     return model.eval()
 
 
-def save(path: str | os.PathLike[str], model: Upscaler, title: str, licence: str, origin: str) -> None:
-    """Write `model` in half precision; raises what `checkpoint.write` raises."""
+def load(path: str | os.PathLike[str]) -> Upscaler:
+    """An upscaler in float32 and eval mode, from .safetensors or a pickle that holds nothing but tensors.
+
+    Raises CheckpointError, a ValueError, for any other file; networks of other kinds are named.
+    """
+    source = open_source(Path(path))
+    kind = identify(source.shapes)
+    if kind.name not in ("rcan", "unknown"):
+        raise CheckpointError(f"{path} is {kind.description} and no RCAN: {kind.use}")
+    try:
+        detect(source.shapes)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return build({key: source.read(key) for key in source.shapes})
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: Upscaler,
+    title: str,
+    licence: str,
+    origin: str,
+    other: Mapping[str, str] | None = None,
+) -> None:
+    """Write `model` in half precision, with `other` as further metadata; raises what `checkpoint.write` raises."""
     strings = {
+        **(other or {}),
         "format": "videofactory-upscaler",
         "sizes": json.dumps(vars(model.config)),
         **modelspec("rcan", title, licence, origin),
     }
     write(path, model.state_dict(), strings, torch.float16)
+
+
+# Frames
+
+
+def upscale(
+    network: Callable[[Tensor], Tensor],
+    frames: Iterable[Tensor],
+    scale: int,
+    *,
+    device: torch.device | str = "cpu",
+    tile: int = 0,
+    batch: int = 1,
+) -> Iterator[Tensor]:
+    """Frames `[H, W, 3]`, uint8 or in 0..1 and of one size, as `[scale H, scale W, 3]` in 0..1, float32, on the CPU.
+
+    They are taken and given one after the other, so that memory holds `batch` of them. `network` takes `[N, 3, H, W]`
+    in 0..1 on `device` and makes it `scale` times as large. It sees whole frames, because its channel attention does;
+    tiles of `tile` pixels a side with soft seams when asked to, or when memory runs out, and then from there on, with
+    sides halved until they fit. Raises ValueError for tiles too small to be of use, and MemoryError when even those do
+    not fit.
+    """
+    check_tile(tile)
+    assert batch >= 1, batch
+    device = torch.device(device)
+    # On a CPU a batch is no faster, and the last bits would depend on its size.
+    batch = 1 if device.type == "cpu" else batch
+    frames = iter(frames)
+    while group := list(islice(frames, batch)):
+        pictures = rearrange(torch.stack(group), "N H W C -> N C H W")
+        pictures = pictures.float().div_(255) if pictures.dtype == torch.uint8 else pictures.float()
+        tile = tile or largest_tile(pictures, scale, device)
+        while True:
+            try:
+                large = _upscaled(network, pictures, scale, device, tile)
+                break
+            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                side = min(tile, max(pictures.shape[2:]))
+                tile = side // 2
+                if tile < SMALLEST_TILE:
+                    raise MemoryError(
+                        f"memory is not enough for pictures of {side} pixels a side: close other programs, or choose a "
+                        "smaller network"
+                    ) from error
+        yield from rearrange(large, "N C H W -> N H W C")
+
+
+def upscale_video(
+    network: Callable[[Tensor], Tensor],
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    scale: int,
+    *,
+    device: torch.device | str = "cpu",
+    tile: int = 0,
+    batch: int = 1,
+    repeat_damaged: bool = False,
+    watch: Callable[[Iterator[Tensor], int], Iterable[Tensor]] = lambda frames, count: frames,
+) -> str:
+    """The video `source` enlarged as `out`, with its times, its metadata and its sound, in the memory of a few frames.
+
+    `watch` gets the frames on their way to the encoder, and how many there are. Returns a sentence about damage that
+    was passed over, or "". Raises what `upscale`, `open_frames` and `write_frames` raise.
+    """
+    with open_frames(source, repeat_damaged=repeat_damaged) as clip:
+        times: list[float] = []
+
+        def pictures() -> Iterator[Tensor]:
+            for frame in clip:
+                times.append(frame.time)
+                yield frame.pixels
+
+        large = upscale(network, pictures(), scale, device=device, tile=tile, batch=batch)
+        write_frames(
+            out,
+            watch(large, clip.frames),
+            clip.fps,
+            {key: value for key, value in clip.metadata.items() if key.isidentifier() and key not in OF_THE_CONTAINER},
+            # Grows as frames are read, which is before they are written.
+            times=times if clip.variable else None,
+            audio=source,
+        )
+        damage = [f"{clip.repeated} damaged frames show the one before them"] if clip.repeated else []
+        damage += [f"the video breaks off {clip.missing:.2f} seconds before its end"] if clip.missing else []
+        return " and ".join(damage)
+
+
+def check_tile(tile: int) -> None:
+    """ValueError for tiles that are mostly seams; 0 is none."""
+    if tile and tile < SMALLEST_TILE:
+        raise ValueError(f"tiles of {tile} pixels are too small to be of use; use {SMALLEST_TILE} or more, or 0")
+
+
+def largest_tile(pictures: Tensor, scale: int, device: torch.device) -> int:
+    """The side of tiles to begin with: that of the whole picture where its working memory should fit.
+
+    A GPU says when it does not; a system may rather end the process, so there it has half of the memory.
+    """
+    side = max(pictures.shape[2:])
+    memory = None if device.type == "cuda" else total_memory(device)
+    if memory is None or pictures[0, 0].numel() * scale**2 * BYTES_A_PIXEL <= memory / 2:
+        return side
+    return max(SMALLEST_TILE, math.isqrt(memory // 2 // BYTES_A_PIXEL) // scale // 8 * 8)
+
+
+@torch.no_grad()
+def _upscaled(
+    network: Callable[[Tensor], Tensor], pictures: Tensor, scale: int, device: torch.device, tile: int
+) -> Tensor:
+    """`pictures [N, 3, H, W]` enlarged and clamped, on the CPU: whole, or the weighted means of overlapping tiles."""
+    tops, lefts = (_starts(side, tile) for side in pictures.shape[2:])
+    if len(tops) == len(lefts) == 1:
+        return network(pictures.to(device)).float().clamp(0, 1).cpu()
+    count, _, height, width = pictures.shape
+    total = torch.zeros(count, 3, height * scale, width * scale)
+    weights = torch.zeros(height * scale, width * scale)
+    for top in tops:
+        for left in lefts:
+            small = pictures[:, :, top : top + tile, left : left + tile].to(device)
+            large = network(small).float().cpu()
+            rows = slice(top * scale, top * scale + large.shape[2])
+            columns = slice(left * scale, left * scale + large.shape[3])
+            weight = _ramp(rows, height * scale, scale)[:, None] * _ramp(columns, width * scale, scale)
+            total[:, :, rows, columns] += large * weight
+            weights[rows, columns] += weight
+    return total.div_(weights).clamp_(0, 1)
+
+
+def _starts(side: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a side, evenly spread, with `OVERLAP` pixels or more in common."""
+    if side <= tile:
+        return [0]
+    count = math.ceil((side - OVERLAP) / (tile - OVERLAP))
+    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
+
+
+def _ramp(part: slice, side: int, scale: int) -> Tensor:
+    """Weights of a tile's pixels along one axis: they rise from its seams over the overlap, not from the border."""
+    places = torch.arange(part.start, part.stop) + 0.5
+    rise = torch.full_like(places, math.inf) if part.start == 0 else places - part.start
+    fall = torch.full_like(places, math.inf) if part.stop == side else part.stop - places
+    return (torch.minimum(rise, fall) / (OVERLAP * scale)).clamp(max=1)

@@ -247,10 +247,11 @@ def controlnet(host: Any, demo: Path) -> dict[str, Any]:
 
 def upscale_memory(host: Any, demo: Path) -> dict[str, Any]:
     """How much the peak of memory rises from 8 frames to 64, beside the frames that come out, in MiB."""
-    import resource
-
     import torch
     from spandrel import ModelLoader
+
+    sys.path.append(str(PACK / "tests"))
+    from peak import peak_bytes
 
     upscaler = importlib.import_module("videofactory_pack.videofactory_core.upscaler")
     node = importlib.import_module("videofactory_pack.nodes.upscale").Upscale
@@ -261,12 +262,54 @@ def upscale_memory(host: Any, demo: Path) -> dict[str, Any]:
     def peak(count: int) -> float:
         (large,) = node.execute(network, frames[:count], tile=512).args
         assert large.shape == (count, 288, 512, 3)
-        # Kilobytes on Linux, bytes on macOS.
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+        return peak_bytes() / 2**20
 
     short = peak(8)
     return {"rise": peak(64) - short, "output": (64 - 8) * 288 * 512 * 3 * 4 / 2**20, "short": short}
+
+
+def upscalers_agree(host: Any, demo: Path) -> dict[str, Any]:
+    """Networks of our loader and of the host's, in our node and in the host's, on one file of ours."""
+    import tempfile
+
+    import folder_paths
+    import torch
+    from comfy_extras import nodes_upscale_model
+
+    def module(name: str) -> Any:
+        return importlib.import_module(f"videofactory_pack.{name}")
+
+    ours, hosts = module("nodes.upscale").Upscale, nodes_upscale_model.ImageUpscaleWithModel
+    frames = torch.rand(2, 36, 64, 3, generator=torch.Generator().manual_seed(0))
+    found: dict[str, Any] = {"errors": {}, "changed inputs": []}
+    upscaler = module("videofactory_core.upscaler")
+    with tempfile.TemporaryDirectory() as folder:
+        folder_paths.add_model_folder_path("upscale_models", folder)
+        # The library's network of a file that shifts the mean would change its input.
+        torch.manual_seed(0)
+        shifted = upscaler.Upscaler(upscaler.UpscalerConfig(1, 1, 16, 4, mean_shift=True))
+        upscaler.save(f"{folder}/shifted.safetensors", shifted, "shifted", "MIT", "a test")
+        upscaler.save(f"{folder}/demo.safetensors", upscaler.load(upscaler.BUNDLED), "demo", "MIT", "a test")
+        for name in ("demo", "shifted"):
+            load = module("nodes.load").LoadUpscaler
+            (mine,) = load.execute(f"{name}.safetensors").args
+            (theirs,) = nodes_upscale_model.UpscaleModelLoader.execute(f"{name}.safetensors").args
+            results = {}
+            cases = {"ours in ours": (ours, mine), "ours in theirs": (hosts, mine), "theirs in ours": (ours, theirs)}
+            # What the host does with its own network and a shifted mean is a known defect of the library.
+            cases |= {"theirs": (hosts, theirs)} if name == "demo" else {}
+            for case, (node, network) in cases.items():
+                given = frames.clone()
+                settings = {"tile": 0} if node is ours else {}
+                (results[case],) = node.execute(network, given, **settings).args
+                if not torch.equal(given, frames):
+                    found["changed inputs"].append(f"{name}: {case}")
+            first = results["ours in ours"]
+            for case, result in results.items():
+                found["errors"][f"{name}: {case}"] = float((result - first).abs().max())
+            if name == "demo":
+                found |= {"large": list(first.shape), "spread": float(first.std())}
+    return found
 
 
 def sampling_speed(host: Any, demo: Path) -> dict[str, Any]:
@@ -364,6 +407,7 @@ CHECKS = {
         text_encoder,
         controlnet,
         upscale_memory,
+        upscalers_agree,
         sampling_speed,
         compiled,
         missing_library,

@@ -1,0 +1,26 @@
+"""How much memory there is, and what it looks like when it is not enough."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a device, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an operation failed because memory ran out, on any device."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    # On CPUs and on Apple's devices it is a plain RuntimeError that says so.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
