@@ -57,14 +57,14 @@ def read(folder: Path, text: str = TEXT) -> FinetuneRecipe:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_can_be_read(path: Path) -> None:
-    kinds = {"demo": ModelRecipe, "demo-x4": UpscalerRecipe, "demo-boomerang": AdapterRecipe}
+    kinds = {"demo": ModelRecipe, "demo-x4": UpscalerRecipe, "rcan-x4": UpscalerRecipe, "demo-boomerang": AdapterRecipe}
     kinds |= {"lora-8gb": AdapterRecipe, "lora-12gb": AdapterRecipe}
     assert type(read_recipe(path)) is kinds.get(path.stem, FinetuneRecipe)
 
 
 def test_every_setting_of_the_recipes_for_cards_is_commented() -> None:
     for path in RECIPES:
-        if path.stem in ("lora-8gb", "lora-12gb", "swap-ca-16gb"):
+        if path.stem in ("lora-8gb", "lora-12gb", "swap-ca-16gb", "rcan-x4"):
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if " = " in line]
             bare = [line for line in lines if "#" not in line]
             allowed = (

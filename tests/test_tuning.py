@@ -334,7 +334,8 @@ def shrunk(name: str, folder: Path, clips: Path, source: Path) -> Path:
         (r'^optimizer = "adamw8bit"', 'optimizer = "adamw"'),
         (r'^precision = "bf16"', 'precision = "bf16"\ncache_directory = "{}"'.format((folder / "cache").as_posix())),
     ):
-        if not (new.endswith('"') and "cache_directory" in new and "[[datasets]]" not in text):
+        # An upscaler's recipe has nothing to keep.
+        if "cache_directory" not in new or ("[[datasets]]" in text and "[upscaler]" not in text):
             text = re.sub(pattern, new, text, flags=re.M)
     path = folder / name
     path.write_text(text, encoding="utf-8")

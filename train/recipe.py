@@ -15,8 +15,11 @@ from videofactory_core.config import PRESETS, SettingError, from_dict
 from videofactory_core.objective import Objective
 from videofactory_core.upscaler import UpscalerConfig
 
+from . import discriminator
+from .artefacts import Artefacts
 from .autoencoder import AutoencoderLoss
 from .data.samples import DatasetConfig
+from .degradation import Degradation
 from .loop import Schedule
 
 
@@ -95,13 +98,90 @@ class ModelRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpscalerRecipe(Recipe):
-    """The run that makes an upscaler; see `train/recipes/demo-x4.toml`."""
+class Adversary:
+    """Second stage of an upscaler: it is also to deceive a discriminator, which learns to see through it."""
 
-    checkpoint: str
+    schedule: Schedule
+    # A logit for every pixel (Real-ESRGAN), or for every patch of 70 pixels.
+    discriminator: discriminator.Kind = "unet"
+    # Weights of the terms: how real it looks, the mean absolute error, and how alike VGG19 finds it.
+    weight: float = 0.1
+    l1_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    # torchvision's VGG19, .pth or .safetensors; without it there is no perceptual loss.
+    vgg: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "l1_weight", "perceptual_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is below 0; use 0 to switch the term off")
+
+
+@dataclass(frozen=True)
+class UpscalerValidation:
+    """PSNR and SSIM on frames that are not trained on, and a sheet of them."""
+
+    # So many clips of the datasets are held out, or those of a dataset of their own are taken, and of each one sample;
+    # of drawn shapes they show what the others never do.
+    clips: int = 4
+    path: str = ""
+    every: int = 500
+
+    def __post_init__(self) -> None:
+        if min(self.clips, self.every) < 1:
+            raise ValueError("clips and every of the validation must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscalerRecipe(Recipe):
+    """The run that makes an upscaler; see `train/recipes/demo-x4.toml` and `rcan-x4.toml`."""
+
     upscaler: UpscalerConfig
     schedule: Schedule
+    # The model for whose frames it is: its size and rate count where datasets name none, and its artefacts.
+    checkpoint: str = ""
+    # Frames from disk, with the sizes of results (by default the model's, enlarged) and buckets of one frame by
+    # default; without datasets, shapes are drawn at the model's size and larger.
+    datasets: tuple[DatasetConfig, ...] = ()
+    # An upscaler of the same sizes to begin with; "" is random weights.
+    start: str = ""
+    # Side of what is learned from, in pixels before they are enlarged; and how many are cut from a sample at once.
     patch: int = 32
+    patches: int = 1
+    # Frames are made small as cameras and websites do, or without it by antialiased bicubic.
+    degradation: Degradation | None = None
+    # Behind that, what the model does to them; drawn shapes go through its autoencoder in any case.
+    artefacts: Artefacts | None = None
+    # It is to sharpen too.
+    sharpen: bool = False
+    gan: Adversary | None = None
+    validation: UpscalerValidation | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.checkpoint and (self.artefacts or not self.datasets):
+            what = "artefacts are those of a model" if self.artefacts else "shapes are drawn in the size of a model"
+            raise ValueError(f"checkpoint: {what}, and the recipe names none; add one, or name datasets alone")
+        if not self.checkpoint and not all(dataset.sizes for dataset in self.datasets):
+            raise ValueError("datasets: without a checkpoint each needs sizes, such as [[1376, 768]]")
+        for name in ("patch", "patches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is too few; use 1 or more")
+        for schedule in (self.schedule, *((self.gan.schedule,) if self.gan else ())):
+            if schedule.batch_size % self.patches_of(schedule):
+                raise ValueError(f"patches: {self.patches} do not divide a batch of {schedule.batch_size}")
+        if self.gan:
+            step, least = (of[self.gan.discriminator] for of in (discriminator.STEP, discriminator.LEAST))
+            side = self.patch * self.upscaler.scale
+            if side % step or side < least:
+                raise ValueError(
+                    f"patch: the discriminator sees {side} pixels and needs {least} or more, in steps of {step}; use"
+                    f" {max(least, -(-side // step) * step) // self.upscaler.scale}"
+                )
+
+    def patches_of(self, schedule: Schedule) -> int:
+        """How many patches a stage cuts from a sample: no more than a batch has."""
+        return min(self.patches, schedule.batch_size)
 
 
 @dataclass(frozen=True)
@@ -276,7 +356,7 @@ def _names(dotted: str) -> tuple[str, ...]:
     return tuple(name.strip().strip("\"'") for name in dotted.split("."))
 
 
-PATHS = {"output", "checkpoint", "path", "cache_directory"}
+PATHS = {"output", "checkpoint", "path", "cache_directory", "start", "vgg"}
 
 
 def describe(recipe: Recipe) -> str:

@@ -7,14 +7,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from videofactory_core import checkpoint, upscaler
+from videofactory_core import checkpoint
 from videofactory_core.config import PRESETS, ModelConfig
 from videofactory_core.diffusion import Schedule as NoiseSchedule
 from videofactory_core.text import TextEncoder, Tokenizer, pad_token
@@ -22,10 +21,10 @@ from videofactory_core.unet.model import VideoUNet
 
 from . import autoencoder as autoencoder_training
 from . import denoiser as denoiser_training
-from . import upscaler as upscaler_training
 from .data.moving_shapes import MovingShapes
 from .recipe import ModelRecipe, TuningRecipe, UpscalerRecipe, describe, read_recipe
 from .tuning import tune
+from .upscaler import train_upscaler
 from .workspace import Workspace, total
 
 
@@ -174,24 +173,3 @@ class ModelRun:
             before = model
         assert before is not None
         return before
-
-
-def train_upscaler(recipe: UpscalerRecipe, work: Workspace) -> Callable[[Path], None]:
-    """An upscaler for the frames of one model; returns what writes it."""
-    source = checkpoint.load(recipe.checkpoint)
-    config = source.config
-    model = upscaler.Upscaler(recipe.upscaler).to(work.device)
-    clips = MovingShapes(1 << 30, config.frames, config.height, config.width, recipe.seed + 2)
-    batches = partial(
-        upscaler_training.patch_batches,
-        upscaler_training.ScenePairs(clips, recipe.upscaler.scale),
-        source.autoencoder,
-        recipe.schedule.batch_size,
-        recipe.patch,
-        recipe.workers,
-        recipe.seed,
-        work.process,
-    )
-    training = upscaler_training.UpscalerTraining(model)
-    work.train("upscaler", training, batches, recipe.schedule, recipe.seed, part=model, unit="patches")
-    return lambda output: upscaler.save(output, model, recipe.title, recipe.licence, recipe.origin)

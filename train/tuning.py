@@ -22,7 +22,7 @@ from videofactory_core.unet.model import VideoUNet
 from .data.batches import Batch, Group, RawBatch, by_bucket, loader
 from .data.cache import Cache, Filled, encode_frames
 from .data.moving_shapes import MovingShapes
-from .data.samples import DatasetConfig, Sample, plan
+from .data.samples import DatasetConfig, Sample, hold_out, plan
 from .data.sources import read_dataset
 from .denoiser import Answers, Denoiser, LatentBatches, Latents, choose_layers, encode_clips, frames_in, store_weights
 from .fetch import checksum
@@ -278,28 +278,13 @@ class Tuning:
         return found
 
     def hold_out(self, parts: list[list[Sample]]) -> list[Sample]:
-        """The samples of validation, taken out of `parts` where they do not have a dataset of their own.
-
-        Which clips they are depends on their names and the seed alone.
-        """
+        """The samples of validation, taken out of `parts` where they do not have a dataset of their own."""
         validation = self.recipe.validation
         if validation is None:
             return []
         if validation.path:
             return self.samples(DatasetConfig(path=validation.path))
-        names = {sample.clip.name for part in parts for sample in part}
-
-        def place(name: str) -> bytes:
-            return hashlib.blake2b(f"{self.recipe.seed} {name}".encode()).digest()
-
-        if len(names) <= validation.clips:
-            raise ValueError(
-                f"validation holds out {validation.clips} of {len(names)} clips, which leaves none to train on; lower "
-                "its clips, or name a path for it"
-            )
-        chosen = set(sorted(names, key=place)[: validation.clips])
-        held_out = [sample for part in parts for sample in part if sample.clip.name in chosen]
-        parts[:] = [[sample for sample in part if sample.clip.name not in chosen] for part in parts]
+        parts[:], held_out = hold_out(parts, validation.clips, self.recipe.seed)
         return held_out
 
     def ready(self, batches: Callable[[int], Iterator[Batch | RawBatch]], first: int) -> Iterator[Batch]:

@@ -203,7 +203,7 @@ def _batches(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=leave_interrupts,
         # Else the loader takes a number from the generator of the run.
         generator=torch.Generator(),
     )
@@ -217,6 +217,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts(worker: int) -> None:
+def leave_interrupts(worker: int) -> None:
     # Ctrl-C reaches every process of a terminal, and the loop may want batches to finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

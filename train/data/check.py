@@ -19,7 +19,7 @@ from videofactory_core.text import END_TOKEN, START_TOKEN, Tokenizer
 
 from ..contact_sheet import contact_sheet
 from .samples import DatasetConfig, Planned, decode, plan
-from .sources import read_dataset
+from .sources import read_dataset, without_captions
 
 COLUMNS = ("clip", "frames", "fps", "size", "samples", "tokens", "note")
 LONGEST_NAME = 40
@@ -32,6 +32,7 @@ def check(
     datasets: Sequence[DatasetConfig],
     model: ModelConfig,
     *,
+    captions: bool = True,
     sheet: Path | None = None,
     decoding: bool = True,
     workers: int | None = None,
@@ -39,9 +40,10 @@ def check(
 ) -> float:
     """Log a line for each clip and a summary, and write a contact sheet; returns the share of clips that is left out.
 
-    With `decoding`, the first sample of every clip is decoded, for a file may be damaged behind a good beginning.
-    `workers` files are looked at at a time (default: one for each core). Raises ValueError with the remedy when a
-    dataset cannot be read at all, the model does not take a size, or the sheet cannot be written there.
+    Clips need `captions`, unless what is trained learns from pictures alone. With `decoding`, the first sample of every
+    clip is decoded, for a file may be damaged behind a good beginning. `workers` files are looked at at a time
+    (default: one for each core). Raises ValueError with the remedy when a dataset cannot be read at all, the model does
+    not take a size, or the sheet cannot be written there.
     """
     if sheet is not None:
         _check_sheet(sheet, datasets)
@@ -49,16 +51,17 @@ def check(
     clips: list[Planned] = []
     rates: list[float] = []
     for config in datasets:
-        clips += plan(read_dataset(Path(config.path), config.caption_extension), config, model, workers)
+        found = read_dataset(Path(config.path), config.caption_extension)
+        clips += plan(found if captions else without_captions(found), config, model, workers)
         rates += [config.fps or model.fps] * (len(clips) - len(rates))
     usable = [number for number, clip in enumerate(clips) if clip.samples]
     shown = usable[:: max(1, math.ceil(len(usable) / SHEET_CLIPS))] if sheet is not None else []
     frames: dict[int, Tensor] = {}
-    for number, found in _first_samples(clips, usable if decoding else shown, workers):
-        if isinstance(found, str):
-            clips[number] = replace(clips[number], samples=(), reason=found)
+    for number, sample in _first_samples(clips, usable if decoding else shown, workers):
+        if isinstance(sample, str):
+            clips[number] = replace(clips[number], samples=(), reason=sample)
         elif number in shown:
-            frames[number] = found
+            frames[number] = sample
     tokenizer = Tokenizer(END_TOKEN, model.text.max_tokens)
     for line in _aligned([COLUMNS, *(_row(clip, fps, tokenizer) for clip, fps in zip(clips, rates, strict=True))]):
         log(line)

@@ -145,6 +145,19 @@ def decode(sample: Sample) -> Tensor:
         raise ValueError(f"{sample.clip.name} {_reason(error, sample.clip)}") from error
 
 
+def hold_out(parts: Sequence[list[Sample]], count: int, seed: int) -> tuple[list[list[Sample]], list[Sample]]:
+    """`parts` without `count` clips, and the samples of those; which they are depends on names and `seed` alone."""
+    names = {sample.clip.name for part in parts for sample in part}
+    if len(names) <= count:
+        raise ValueError(
+            f"validation holds out {count} of {len(names)} clips, which leaves none to train on; lower its clips, or "
+            "name a path for it"
+        )
+    chosen = set(sorted(names, key=lambda name: hashlib.blake2b(f"{seed} {name}".encode()).digest())[:count])
+    left = [[sample for sample in part if sample.clip.name not in chosen] for part in parts]
+    return left, [sample for part in parts for sample in part if sample.clip.name in chosen]
+
+
 def fingerprint(sample: Sample) -> str:
     """A name for the sample's frames, equal wherever the file lies: BLAKE2b of what they depend on.
 

@@ -9,7 +9,7 @@ import math
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,10 @@ class Clip:
     note: str = ""
 
 
+# How the note of a clip begins that lacks nothing but its caption.
+NO_CAPTION = "no caption"
+
+
 def read_dataset(path: Path, caption_extension: str = ".txt") -> list[Clip]:
     """The clips of a folder, of a table (`.jsonl`, `.csv`, `.parquet`) or of a shard (`.tar`).
 
@@ -77,6 +81,14 @@ def read_dataset(path: Path, caption_extension: str = ".txt") -> list[Clip]:
     return clips
 
 
+def without_captions(clips: list[Clip]) -> list[Clip]:
+    """Clips for what learns from pictures alone: a caption that is not there is empty."""
+    return [
+        replace(clip, caption="", note="") if clip.caption is None and clip.note.startswith(NO_CAPTION) else clip
+        for clip in clips
+    ]
+
+
 def is_media(name: str) -> bool:
     """Whether a file's name says that it is a video or a picture."""
     return os.path.splitext(name)[1].lower() in MEDIA
@@ -95,7 +107,7 @@ def decode_text(data: bytes) -> tuple[str, str]:
 def _caption(data: bytes, name: str) -> tuple[str | None, str]:
     """The caption in a file's content, and a note; where there is none, the note is the reason."""
     text, note = decode_text(data)
-    return (text.strip(), note and f"{name} {note}") if text.strip() else (None, f"no caption: {name} is empty")
+    return (text.strip(), note and f"{name} {note}") if text.strip() else (None, f"{NO_CAPTION}: {name} is empty")
 
 
 # Folders
@@ -111,9 +123,9 @@ def _read_folder(folder: Path, caption_extension: str) -> list[Clip]:
             try:
                 caption, note = _caption(sidecar.read_bytes(), sidecar.name)
             except FileNotFoundError:
-                caption, note = None, f"no caption: write one into {sidecar.name}"
+                caption, note = None, f"{NO_CAPTION}: write one into {sidecar.name}"
             except OSError as error:
-                caption, note = None, f"no caption: {sidecar.name} cannot be read ({error.strerror})"
+                caption, note = None, f"{NO_CAPTION}: {sidecar.name} cannot be read ({error.strerror})"
             clips.append(Clip(name, path, caption, note=note))
     return clips
 
@@ -178,7 +190,7 @@ def _clip(table: Path, row: Row) -> Clip:
         return Clip(name, path, None, note="it ends before it starts")
     caption = next((values[key] for key in CAPTION_COLUMNS if values.get(key)), None)
     if not isinstance(caption, str) or not caption.strip():
-        return Clip(name, path, None, start, end, note=f"no caption: line {row.line} of {table.name} has none")
+        return Clip(name, path, None, start, end, note=f"{NO_CAPTION}: line {row.line} of {table.name} has none")
     return Clip(name, path, caption.strip(), start, end, note=row.note)
 
 
@@ -285,9 +297,9 @@ def _packed_caption(
             try:
                 values = json.loads(text)
             except (json.JSONDecodeError, RecursionError):
-                return None, f"no caption: {member.name} is not JSON"
+                return None, f"{NO_CAPTION}: {member.name} is not JSON"
             found = [values[key] for key in CAPTION_COLUMNS if values.get(key)] if isinstance(values, dict) else []
             if found and isinstance(found[0], str) and found[0].strip():
                 return found[0].strip(), note and f"{member.name} {note}"
-            return None, f"no caption: {member.name} has none"
-    return None, f"no caption: the shard has no {caption_extension} or .json file for it"
+            return None, f"{NO_CAPTION}: {member.name} has none"
+    return None, f"{NO_CAPTION}: the shard has no {caption_extension} or .json file for it"
