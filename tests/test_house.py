@@ -29,6 +29,12 @@ LIBRARIES = {
         # Extras, imported where they are used.
         "pyarrow",
         "prodigyopt",
+        "av",
+        "cv2",
+        "rapidocr",
+        "ray",
+        "scenedetect",
+        "torchvision",
         "bitsandbytes",
         "deepspeed",
         "videofactory_core",

@@ -18,7 +18,8 @@ examples:
   videofactory upscale clip.mp4 --out large.mp4
   videofactory inspect model.safetensors
   videofactory data check clips --sheet clips.jpg
-  videofactory train train/recipes/lora-12gb.toml --dry-run
+  videofactory curate videos --out curated
+  videofactory train train/recipes/lora-12gb.toml --set datasets.path=curated --dry-run
   videofactory fetch animatediff-v3
   videofactory convert --base sd15.safetensors --motion v3_sd15_mm.ckpt --out clip15.safetensors
 """
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 a check that found too much, 2 something that the user can mend, 130 interrupted.
     """
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     warnings.showwarning = lambda message, *_, **__: print(f"videofactory: warning: {message}", file=sys.stderr)
     try:
         return options.run(options) or 0
@@ -40,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"videofactory: interrupted{options.after_interrupt}", file=sys.stderr)
         return 130
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`curate report` and `curate export` are commands of their own, whatever else follows `curate`."""
+    if list(arguments[:1]) == ["curate"] and arguments[1:2] and arguments[1] in ("report", "export"):
+        return [f"curate-{arguments[1]}", *arguments[2:]]
+    return list(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -170,6 +178,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = kinds.add_parser("train", help="train a model", description="Train what a recipe (TOML) says.")
     train.add_argument("recipe", type=Path)
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change a setting of the recipe, such as datasets.path=clips or schedule.steps=500; may be repeated",
+    )
     train.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     train.add_argument(
         "--dry-run",
@@ -177,6 +193,57 @@ def build_parser() -> argparse.ArgumentParser:
         help="take two steps, and say how long the recipe will take and how much memory",
     )
     train.set_defaults(run=commands.run_train, after_interrupt="; --resume goes on from the last state")
+
+    curate = kinds.add_parser(
+        "curate",
+        help="cut, measure, caption and filter raw videos",
+        description="Cut videos into scenes, measure text, motion and beauty, write captions, and say which clips stay."
+        " What is done is kept: run it again after it was stopped, with more videos, or with other thresholds.",
+        epilog="`videofactory curate report DIR` makes the page again, `videofactory curate export DIR` cuts clips.",
+    )
+    curate.add_argument(
+        "sources", type=Path, nargs="+", metavar="SOURCE", help="videos, folders, shards (.tar), or lists of a dataset"
+    )
+    curate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything that is found")
+    curate.add_argument("--config", type=Path, metavar="FILE", help="settings (.toml); see train/curate/curate.toml")
+    curate.add_argument(
+        "--stages", default="", metavar="LIST", help="only these, such as scenes,keyframe,motion (default: all)"
+    )
+    curate.add_argument(
+        "--look-in",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="where the videos of a list are; may be repeated (default: beside the list)",
+    )
+    curate.add_argument(
+        "--hdvg",
+        choices=["stream_copy", "approx"],
+        default="stream_copy",
+        help="how scenes of HD-VG-130M are found in whole videos (default: %(default)s)",
+    )
+    curate.add_argument("--runner", choices=["local", "ray"], default="local", help="(default: %(default)s)")
+    curate.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    curate.set_defaults(run=commands.run_curate, after_interrupt="; run the same command again to go on")
+
+    report = kinds.add_parser("curate-report", prog="videofactory curate report", description="Make the pages again.")
+    report.add_argument("folder", type=Path, metavar="DIR", help="what `videofactory curate --out` wrote")
+    report.set_defaults(run=commands.run_curate_report)
+
+    export = kinds.add_parser(
+        "curate-export", prog="videofactory curate export", description="Write the clips that stay for other programs."
+    )
+    export.add_argument("folder", type=Path, metavar="DIR", help="what `videofactory curate --out` wrote")
+    export.add_argument(
+        "--format",
+        choices=["folder", "jsonl", "webdataset"],
+        default="folder",
+        help="clips cut out with captions beside them, a list that points into the sources, or shards"
+        " (default: %(default)s)",
+    )
+    export.add_argument("--to", type=Path, metavar="DIR", help="folder to write (default: DIR/export)")
+    export.set_defaults(run=commands.run_curate_export)
 
     data = kinds.add_parser("data", help="look at what would be trained on", description="Look at training data.")
     looks = data.add_subparsers(required=True, metavar="COMMAND")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -182,7 +183,7 @@ def run_train(options: argparse.Namespace) -> None:
     """Train a recipe."""
     from .run import run_recipe
 
-    run_recipe(options.recipe, resume=options.resume, dry_run=options.dry_run)
+    run_recipe(options.recipe, resume=options.resume, dry_run=options.dry_run, changes=options.changes)
 
 
 def check_result(out: Path, inputs: list[Path], verb: str) -> None:
@@ -252,6 +253,59 @@ def run_fetch(options: argparse.Namespace) -> None:
     print(weight.notice, flush=True)
     for path in fetch(weight, options.to or models_folder()):
         print(path)
+
+
+def run_curate(options: argparse.Namespace) -> None:
+    """Carry out what is not done yet, then say which clips stay."""
+    from .curate import runner
+    from .curate.config import keep, read_config
+    from .curate.curation import Curation
+    from .curate.report import write_report
+    from .curate.sources import Tally, find_sources
+
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"{options.workers} processes do nothing; use 1 or more")
+    processes = options.workers or os.cpu_count() or 1
+    config = read_config(options.config)
+    names = [name.strip() for name in options.stages.split(",") if name.strip()]
+    known = [stage.name for stage in config.stages()]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no stage {name!r}; choose of {', '.join(known)}")
+    curation = Curation(options.out, config)
+
+    def tell(tally: Tally) -> None:
+        print(*tally.lines(), sep="\n")
+
+    rows = find_sources(options.sources, options.look_in, options.hdvg, tell)
+    keep(config, options.out)
+    curation.add_sources(rows)
+    run = runner.local(processes) if options.runner == "local" else runner.ray(options.workers)
+    curation.run(run, processes, names)
+    print(write_report(curation))
+
+
+def run_curate_report(options: argparse.Namespace) -> None:
+    """The pages, from what is on disk."""
+    from .curate.config import kept
+    from .curate.curation import Curation
+    from .curate.report import write_report
+
+    print(write_report(Curation(options.folder, kept(options.folder))))
+
+
+def run_curate_export(options: argparse.Namespace) -> None:
+    """The clips that stay, for other programs."""
+    from tqdm import tqdm
+
+    from .curate.config import kept
+    from .curate.curation import Curation
+    from .curate.export import export
+
+    out = options.to or options.folder / "export"
+    curation = Curation(options.folder, kept(options.folder))
+    count = export(curation, options.format, out, lambda rows: tqdm(rows, "export", unit="clip", disable=None))
+    print(f"{out}: {count} clips")
 
 
 def run_data_check(options: argparse.Namespace) -> int:

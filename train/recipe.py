@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -301,8 +302,11 @@ KINDS: dict[str, type[Recipe]] = {
 }
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read and check a recipe; ValueError with file, line and one sentence when it cannot be used."""
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe, with `changes` such as "schedule.steps=500" to what is in the file.
+
+    ValueError with file, line and one sentence when it cannot be used.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -315,12 +319,45 @@ def read_recipe(path: Path) -> Recipe:
         data: dict[str, Any] = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for change in changes:
+        _change(data, change, tomllib.loads)
     kind = next((KINDS[key] for key in KINDS if key in data), ModelRecipe)
     try:
         return from_dict(kind, data)
     except SettingError as error:
         where = ".".join(str(key) for key in error.keys if isinstance(key, str))
         raise ValueError(f"{path}, line {line_of(text, error.keys)}: {where}: {error.problem}") from error
+
+
+def _change(data: dict[str, Any], change: str, parse: Callable[[str], dict[str, Any]]) -> None:
+    """Carry out `key.key=value`; of several tables `key.1.key` is the second, and without a number all are meant."""
+    keys, sign, text = change.partition("=")
+    if not sign or not all(part.strip() for part in keys.split(".")):
+        raise ValueError(f"--set {change!r} changes nothing; write it as schedule.steps=500")
+    try:
+        value = parse(f"value = {text}")["value"]
+    except ValueError:
+        # Text needs no quotes here.
+        value = text
+    *tables, last = (part.strip() for part in keys.split("."))
+    places: list[Any] = [data]
+    for name in tables:
+        if name.isdigit():
+            places = [place[int(name)] for place in places if isinstance(place, list) and int(name) < len(place)]
+        else:
+            # Datasets are a list, of which a recipe that has none gets its first.
+            places = [place.setdefault(name, [{}] if name == "datasets" else {}) for place in _tables(places)]
+    found = _tables(places)
+    for place in found:
+        place[last] = value
+    if not found:
+        raise ValueError(f"--set {change!r} leads nowhere: the recipe has no such table")
+
+
+def _tables(places: Sequence[Any]) -> list[dict[str, Any]]:
+    """The tables among `places`, and those in lists of them."""
+    flat = [part for place in places for part in (place if isinstance(place, list) else [place])]
+    return [place for place in flat if isinstance(place, dict)]
 
 
 HEADER = re.compile(r"\s*\[\[?\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +28,14 @@ from .upscaler import train_upscaler
 from .workspace import Workspace, total
 
 
-def run_recipe(path: Path, *, resume: bool = False, dry_run: bool = False) -> Path | None:
-    """Train what the recipe says and write one file; returns its path.
+def run_recipe(path: Path, *, resume: bool = False, dry_run: bool = False, changes: Sequence[str] = ()) -> Path | None:
+    """Train what the recipe says, with `changes` as in `read_recipe`, and write one file; returns its path.
 
     A dry run takes two steps of every stage, says how long the recipe will take and in how much memory, and returns
     None. Raises ValueError for a recipe that cannot be used, and KeyboardInterrupt on Ctrl-C, behind which `resume`
     goes on.
     """
-    recipe = read_recipe(path)
+    recipe = read_recipe(path, changes)
     output = Path(recipe.output)
     place = tempfile.TemporaryDirectory() if dry_run else nullcontext(str(output.parent))
     with place as folder:

@@ -45,12 +45,14 @@ class Clip:
     note: str = ""
 
 
+# What a folder has in it that `videofactory curate` wrote.
+CURATION = "curation.json"
 # How the note of a clip begins that lacks nothing but its caption.
 NO_CAPTION = "no caption"
 
 
 def read_dataset(path: Path, caption_extension: str = ".txt") -> list[Clip]:
-    """The clips of a folder, of a table (`.jsonl`, `.csv`, `.parquet`) or of a shard (`.tar`).
+    """The clips of a folder, of a table (`.jsonl`, `.csv`, `.parquet`), of a shard (`.tar`) or of a curation.
 
     A folder with a `metadata.jsonl`, `.csv` or `.parquet` has the clips that this names. Any other has all videos and
     pictures in it, with their captions beside them, and those in its shards, sorted by path; passed over are hidden
@@ -60,7 +62,11 @@ def read_dataset(path: Path, caption_extension: str = ".txt") -> list[Clip]:
 
     Raises ValueError with the remedy when there are no clips or a table is broken.
     """
-    if path.is_dir():
+    if (path / CURATION).is_file():
+        from ..curate.export import read_curation
+
+        clips, remedy = read_curation(path), "keep more of them: see its report"
+    elif path.is_dir():
         tables = [path / f"metadata{suffix}" for suffix in TABLES if (path / f"metadata{suffix}").is_file()]
         if len(tables) > 1:
             raise ValueError(f"{path} has {tables[0].name} and {tables[1].name}: name one of them as the dataset")

@@ -1,0 +1,1 @@
+"""Curation: from raw videos to filtered clips with captions."""

@@ -1,0 +1,137 @@
+"""The clips that stay, for other programs: cut into files, listed, or in shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from videofactory_core.video import read_frames, write_frames
+
+from ..data.sources import NO_CAPTION, Clip
+from .config import kept
+from .curation import Curation
+from .report import SCORES, caption_of
+from .sources import content, text_path
+from .stage import Row
+
+Format = Literal["folder", "jsonl", "webdataset"]
+# Frames that are decoded at once, and clips in a shard.
+FRAMES, CLIPS = 32, 1000
+# Columns that a list or a shard has of each clip, where they were measured.
+TOLD = ("clip_id", "name", "licence", "fps", "width", "height", *SCORES)
+
+
+def export(curation: Curation, form: Format, out: Path, watch: Callable[[Iterator[Row]], Iterator[Row]]) -> int:
+    """Write the clips that stay to `out`; returns how many. A file that is there already is left as it is.
+
+    `folder`: each cut out and encoded anew as .mp4 with its caption beside it. `jsonl`: one list, `out/metadata.jsonl`,
+    that points into the sources. `webdataset`: the files of `folder` in .tar shards of 1000, with a .json each.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = watch(row for row, decision in curation.clips() if decision.kept)
+    if form == "jsonl":
+        return _list(rows, out / "metadata.jsonl")
+    if form == "folder":
+        return _files(rows, out)
+    return _shards(rows, out)
+
+
+def _list(rows: Iterator[Row], path: Path) -> int:
+    lines = [json.dumps(described(row), ensure_ascii=False) for row in rows]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+    return len(lines)
+
+
+def described(row: Row) -> dict[str, Any]:
+    """A clip as a line of a list that the trainer reads."""
+    place = {"path": text_path(row["path"]), "start": row["start"], "end": row["end"], "text": caption_of(row)}
+    scores = {name: row[name] for name in TOLD if row.get(name) is not None}
+    return {**place, **scores}
+
+
+def read_curation(folder: Path) -> list[Clip]:
+    """The clips of a curation that stay, as the trainer's datasets have them, where they lie in their sources."""
+    clips = []
+    for row, decision in Curation(folder, kept(folder)).clips():
+        if decision.kept:
+            place = None if row["offset"] is None else (row["offset"], row["length"])
+            caption = caption_of(row) or None
+            note = "" if caption else f"{NO_CAPTION}: the curation has none"
+            clips.append(
+                Clip(row["name"], Path(text_path(row["path"])), caption, row["start"], row["end"], place, note)
+            )
+    return clips
+
+
+def _files(rows: Iterator[Row], out: Path) -> int:
+    count = 0
+    for row in rows:
+        path = out / f"{row['clip_id']}.mp4"
+        if not path.is_file():
+            cut(row, path)
+            path.with_suffix(".txt").write_text(caption_of(row), encoding="utf-8")
+        count += 1
+    return count
+
+
+def cut(row: Row, path: Path) -> None:
+    """Write a clip's frames at the source's rate, without its sound."""
+    number = max(1, round((row["end"] - row["start"]) * row["fps"]))
+    times = [row["start"] + i / row["fps"] for i in range(number)]
+
+    source = content(row)
+
+    def frames() -> Iterator[Tensor]:
+        for first in range(0, number, FRAMES):
+            yield from read_frames(source, times[first : first + FRAMES])
+
+    write_frames(path, frames(), row["fps"])
+
+
+def _shards(rows: Iterator[Row], out: Path) -> int:
+    count, shard = 0, 0
+    group: list[Row] = []
+    for row in rows:
+        group.append(row)
+        count += 1
+        if len(group) == CLIPS:
+            _shard(group, out / f"{shard:06d}.tar")
+            group, shard = [], shard + 1
+    if group:
+        _shard(group, out / f"{shard:06d}.tar")
+    return count
+
+
+def _shard(rows: list[Row], path: Path) -> None:
+    if path.is_file():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with tarfile.open(temporary, "w") as shard, tempfile.TemporaryDirectory() as folder:
+            for row in rows:
+                video = Path(folder) / "clip.mp4"
+                cut(row, video)
+                told = json.dumps(described(row), ensure_ascii=False)
+                _add(shard, f"{row['clip_id']}.mp4", video.read_bytes())
+                _add(shard, f"{row['clip_id']}.txt", caption_of(row).encode())
+                _add(shard, f"{row['clip_id']}.json", told.encode())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    shard.addfile(entry, io.BytesIO(content))
