@@ -329,6 +329,8 @@ def test_settings_are_checked_with_the_nearest_name(tmp_path: Path) -> None:
     path.write_text("[motion]\nwidht = 320\n", encoding="utf-8")
     with pytest.raises(ValueError, match="did you mean 'width'"):
         read_config(path)
+    # The file that shows all settings shows their defaults.
+    assert read_config(Path("train/curate/curate.toml")) == CurateConfig()
     path.write_text("[decide]\naesthetic = 5.0\n", encoding="utf-8")
     assert read_config(path) == CurateConfig(decide=Rules(aesthetic=5.0))
 
