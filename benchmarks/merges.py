@@ -14,11 +14,9 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context, parent_process
-from multiprocessing.process import BaseProcess
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
-from threading import Thread
 from typing import Any
 
 import torch
@@ -29,12 +27,14 @@ from videofactory_train.data.moving_shapes import HELD_OUT, MovingShapes, captio
 from videofactory_train.data.shape_checker import check, summarise
 from videofactory_train.denoiser import Denoiser, LatentBatches, Latents, encode_clips, frames_in
 from videofactory_train.loop import Schedule, train
+from videofactory_train.processes import end_with_command
 from videofactory_train.recipe import ModelRecipe, read_recipe
 from videofactory_train.run import ModelRun
 from videofactory_train.state import States
 from videofactory_train.workspace import Workspace
 
 from videofactory_core import checkpoint
+from videofactory_core.atomic import replacing, write_text
 from videofactory_core.diffusion import Schedule as NoiseSchedule
 from videofactory_core.objective import Objective, Process, quantile_levels
 from videofactory_core.pipeline import generate
@@ -122,9 +122,8 @@ def prepare(recipe: ModelRecipe, place: Place, budget: Budget) -> None:
         for name, data in (("training", training), ("held_out", held_out))
         for field in ("latents", "tokens")
     }
-    temporary = place.clips.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, place.clips)
+    with replacing(place.clips) as temporary:
+        save_file(tensors, temporary)
     metadata = checkpoint.Metadata(title="before Swap-CA", licence=recipe.licence, origin=recipe.origin)
     model = checkpoint.Model(config, denoiser.unet, autoencoder, denoiser.text_encoder, metadata)
     checkpoint.save(place.start, model, metadata)
@@ -209,10 +208,7 @@ def compare_one(recipe: ModelRecipe, place: Place, name: str, seed: int, budget:
         "torch": torch.__version__,
         "device": accelerator.device.type,
     }
-    path = place.result(name, seed)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(place.result(name, seed), json.dumps(result))
     states.clear()
     log("  ".join(f"{key} {share:.0%}" for key, share in scores.items()))
 
@@ -221,14 +217,7 @@ def start_worker() -> None:
     """One thread for each; and a worker ends with the command, also a killed one, and takes up no other run."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    command = parent_process()
-    assert command is not None
-    Thread(target=leave_with, args=(command,), daemon=True).start()
-
-
-def leave_with(command: BaseProcess) -> None:
-    command.join()
-    os._exit(1)
+    end_with_command()
 
 
 def compare(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from videofactory_core.atomic import replacing, write_text
 from videofactory_core.objective import Process
 
 from .loop import Event, Schedule, train
@@ -132,7 +132,7 @@ class Workspace:
             self.log(f"the recipe has changed since: {', '.join(changed)}")
         self.accelerator.wait_for_everyone()
         if self.main:
-            _write_text(file, describe(self.recipe))
+            write_text(file, describe(self.recipe))
 
     def log(self, line: str) -> None:
         """Print a line and keep it in the run's log."""
@@ -159,11 +159,9 @@ class Workspace:
     def keep(self, name: str, tensors: dict[str, Tensor], losses: list[float]) -> None:
         """Write a finished stage."""
         if self.main and not self.dry:
-            path = self.folder / f"{name}.safetensors"
-            temporary = path.with_suffix(".tmp")
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-            temporary.replace(path)
-            _write_text(self.folder / f"{name}.losses.json", json.dumps(losses))
+            with replacing(self.folder / f"{name}.safetensors") as temporary:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+            write_text(self.folder / f"{name}.losses.json", json.dumps(losses))
         self.accelerator.wait_for_everyone()
 
     def train(
@@ -246,12 +244,6 @@ def settle(accelerator: Accelerator, schedule: Schedule) -> None:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def total(estimates: Sequence[Estimate]) -> str:

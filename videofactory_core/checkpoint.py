@@ -6,7 +6,6 @@ built, what clips it was trained on, whose weights these are and under which lic
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .atomic import replacing
 from .autoencoder import Autoencoder
 from .config import ModelConfig, from_json, to_json
 from .detect import KEPT_HEADER, KINDS, PREFIXES, identify, infer_config, keys_by_part
@@ -140,20 +140,12 @@ def write(
     The file appears whole or not at all. Raises OSError when the disk does not take it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             _write(file, tensors, strings, dtype, read or tensors.__getitem__)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise OSError(f"{path} was not written ({reason}): check the free space and the folder") from error
-        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{path} was not written ({reason}): check the free space and the folder") from error
 
 
 def _write(

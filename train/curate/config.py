@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from videofactory_core.atomic import write_text
 from videofactory_core.config import SettingError, from_dict
 
-from ..data.sources import CURATION
+from ..data.sources import CACHE_MARK, CACHE_SIGNATURE, CURATION
 from .aesthetics import Aesthetics
 from .caption import Caption
 from .decide import Rules
@@ -42,10 +42,8 @@ def keep(config: CurateConfig, folder: Path) -> None:
     """Write the settings beside the rows, for those who read the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     # So that it is no source of another curation.
-    (folder / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55\n", encoding="ascii")
-    temporary = folder / f".{CURATION}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
-    os.replace(temporary, folder / CURATION)
+    (folder / CACHE_MARK).write_text(f"{CACHE_SIGNATURE}\n", encoding="utf-8")
+    write_text(folder / CURATION, json.dumps(asdict(config), indent=2))
 
 
 def kept(folder: Path) -> CurateConfig:

@@ -126,8 +126,7 @@ class Curation:
             table = self.store.read_part(part, ["source_id", "name"])
             if table is not None:
                 names |= {row["source_id"]: row["name"] for row in table.to_pylist()}
-        (scenes,) = [stage for stage in self.config.stages() if stage.splits]
-        for part in self.store.parts(scenes.key()):
+        for part in self.store.parts(self.keys()["scenes"]):
             table = self.store.read_part(part, ["source_id", "status", "error"])
             for row in table.to_pylist() if table is not None else ():
                 if row["status"] == ERROR:
@@ -143,13 +142,10 @@ class Curation:
                     found[row["clip_id"]] = row["image"]
         return found
 
-    def _done(self, stage: Stage, key: str) -> set[str]:
-        """The ids of the rows that a stage has worked on, with or without success."""
-        return {row for _, ids in self._ids(key, stage.identity) for row in ids}
-
     def _todo(self, stage: Stage, keys: dict[str, str]) -> list[tuple[Path, list[str]]]:
         """Rows that a stage has still to work on, by the parts that they lie in."""
-        seen = self._done(stage, keys[stage.name])
+        # With or without success.
+        seen = {row for _, ids in self._ids(keys[stage.name], stage.identity) for row in ids}
         last = keys[stage.needs[-1]] if stage.needs else SOURCES
         todo: list[tuple[Path, list[str]]] = []
         for part, ids in self._ids(last, stage.identity, good=bool(stage.needs)):

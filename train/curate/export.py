@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from videofactory_core.atomic import replacing, write_text
 from videofactory_core.video import read_frames, write_frames
 
 from ..data.sources import NO_CAPTION, Clip
@@ -46,9 +46,7 @@ def export(curation: Curation, form: Format, out: Path, watch: Callable[[Iterato
 
 def _list(rows: Iterator[Row], path: Path) -> int:
     lines = [json.dumps(described(row), ensure_ascii=False) for row in rows]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(f"{line}\n" for line in lines))
     return len(lines)
 
 
@@ -115,20 +113,18 @@ def _shards(rows: Iterator[Row], out: Path) -> int:
 def _shard(rows: list[Row], path: Path) -> None:
     if path.is_file():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with tarfile.open(temporary, "w") as shard, tempfile.TemporaryDirectory() as folder:
-            for row in rows:
-                video = Path(folder) / "clip.mp4"
-                cut(row, video)
-                told = json.dumps(described(row), ensure_ascii=False)
-                _add(shard, f"{row['clip_id']}.mp4", video.read_bytes())
-                _add(shard, f"{row['clip_id']}.txt", caption_of(row).encode())
-                _add(shard, f"{row['clip_id']}.json", told.encode())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with (
+        replacing(path) as temporary,
+        tarfile.open(temporary, "w") as shard,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        for row in rows:
+            video = Path(folder) / "clip.mp4"
+            cut(row, video)
+            told = json.dumps(described(row), ensure_ascii=False)
+            _add(shard, f"{row['clip_id']}.mp4", video.read_bytes())
+            _add(shard, f"{row['clip_id']}.txt", caption_of(row).encode())
+            _add(shard, f"{row['clip_id']}.json", told.encode())
 
 
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -6,13 +6,14 @@ import base64
 import dataclasses
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from videofactory_core.atomic import write_text
 
 from .curation import Curation
 from .decide import Decision, Rules
@@ -63,13 +64,14 @@ class Numbers:
 
 def count(clips: Sequence[tuple[Row, Decision]], rules: Rules) -> Numbers:
     """The numbers of a curation."""
-    names = list(rules.named())
+    named = rules.named()
+    names = list(named)
     kept = [row for row, decision in clips if decision.kept]
     removals = []
     for place, name in enumerate(names):
         breaking = [decision for _, decision in clips if name in decision.removed_by]
         first = sum(not set(names[:place]) & set(decision.removed_by) for decision in breaking)
-        measured = sum(rules.named()[name](row) is not None for row, _ in clips)
+        measured = sum(named[name](row) is not None for row, _ in clips)
         removals.append(Removal(name, len(breaking), first, measured))
     thresholds = {
         "o_avg": (rules.o_avg,),
@@ -112,19 +114,16 @@ def write_report(curation: Curation) -> Path:
     clips = list(curation.clips())
     failed = list(curation.failed_sources())
     numbers = count(clips, curation.config.decide)
-    pictures = curation.pictures(_shown(clips))
+    strips = _strips(clips)
+    pictures = curation.pictures({row["clip_id"] for _, rows in strips for row in rows})
     data = {**dataclasses.asdict(numbers), "failed_sources": [list(item) for item in failed]}
-    _write(curation.folder / "report.json", json.dumps(data, indent=2, ensure_ascii=False))
-    page = _page(numbers, clips, failed, {name: thumbnail(image) for name, image in pictures.items()})
+    # Names of files may have what UTF-8 does not.
+    write_text(curation.folder / "report.json", json.dumps(data, indent=2, ensure_ascii=False), "replace")
+    decisions = {row["clip_id"]: decision for row, decision in clips}
+    page = _page(numbers, strips, decisions, failed, {name: thumbnail(image) for name, image in pictures.items()})
     path = curation.folder / "report.html"
-    _write(path, page)
+    write_text(path, page, "replace")
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
 
 
 def thumbnail(image: bytes) -> str:
@@ -159,10 +158,6 @@ def _spread(rows: Sequence[Row]) -> list[Row]:
     return [rows[i * len(rows) // STRIP] for i in range(STRIP)] if len(rows) > STRIP else list(rows)
 
 
-def _shown(clips: Sequence[tuple[Row, Decision]]) -> set[str]:
-    return {row["clip_id"] for _, rows in _strips(clips) for row in rows}
-
-
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222; }
 h1, h2 { font-weight: 600; } table { border-collapse: collapse; margin: 1rem 0; }
@@ -179,11 +174,11 @@ line { stroke: #c0392b; stroke-dasharray: 4 3; } text.mark { fill: #c0392b; }
 
 def _page(
     numbers: Numbers,
-    clips: Sequence[tuple[Row, Decision]],
+    strips: Sequence[tuple[str, Sequence[Row]]],
+    decisions: Mapping[str, Decision],
     failed: Sequence[tuple[str, str]],
     pictures: Mapping[str, str],
 ) -> str:
-    decisions = {row["clip_id"]: decision for row, decision in clips}
     share = numbers.kept / numbers.clips if numbers.clips else 0.0
     parts = [
         f"<h1>{numbers.kept} of {numbers.clips} clips kept ({share:.0%})</h1>",
@@ -202,7 +197,7 @@ def _page(
         *(draw_histogram(SCORES[name], histogram) for name, histogram in numbers.scores.items()),
         "</div><h2>Clips by score</h2>",
     ]
-    for title, rows in _strips(clips):
+    for title, rows in strips:
         cells = "".join(_cell(row, decisions[row["clip_id"]], pictures.get(row["clip_id"], "")) for row in rows)
         parts.append(f'<h3>{escape(title)}</h3><div class="strip">{cells}</div>')
     errors = [*failed, *numbers.errors]

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from multiprocessing import get_context
 
+from ..processes import end_with_command
 from .work import Outcome, Task, carry_out, give_up
 
 # Carries out tasks and gives their outcomes as they come.
@@ -83,15 +83,7 @@ def _start_worker() -> None:
     """One thread for each, since there are as many as cores; and Ctrl-C is for the command alone."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    command = parent_process()
-    assert command is not None
-
-    def leave() -> None:
-        command.join()
-        os._exit(1)
-
-    # Also behind a command that was killed.
-    Thread(target=leave, daemon=True).start()
+    end_with_command()
 
 
 def ray(workers: int | None, gpus: float = 0.0) -> Runner:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from videofactory_core.atomic import replacing
 
 from .stage import Row
 
@@ -38,15 +39,8 @@ class Store:
         place.mkdir(parents=True, exist_ok=True)
         ids = "\n".join(str(row[identity]) for row in rows)
         name = hashlib.blake2b(ids.encode(), digest_size=8).hexdigest()
-        temporary = place / f".{name}.{os.getpid()}.tmp"
-        try:
+        with replacing(place / f"part-{name}.parquet") as temporary:
             pq.write_table(pa.Table.from_pylist(list(rows), schema), temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, place / f"part-{name}.parquet")
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def parts(self, key: str) -> Iterator[Path]:
         """The parts, in the order of their names."""

@@ -27,14 +27,12 @@ from videofactory_core.autoencoder import Autoencoder
 from videofactory_core.text import TextEncoder
 
 from .samples import Sample, decode, fingerprint
-from .sources import CACHE_MARK
+from .sources import CACHE_MARK, CACHE_SIGNATURE
 
 # Part of every key: files of another format are not found, and so made again.
 FORMAT = "videofactory-cache-1"
 # Latents do not depend on these parts of the autoencoder, so that models with a tuned decoder share them.
 UNUSED = ("decoder.", "post_quant_conv.")
-# https://bford.info/cachedir/
-CACHE_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"
 # Looking for files waits for the disk more than for the processor.
 THREADS = 8
 LOG_SECONDS = 30.0

@@ -24,6 +24,8 @@ PATH_COLUMNS = ("path", "video_path", "video", "file_name", "file", "media_path"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 # A folder with this file says that programs made what is in it, and may make it again.
 CACHE_MARK = "CACHEDIR.TAG"
+# https://bford.info/cachedir/
+CACHE_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"
 
 
 @dataclass(frozen=True)

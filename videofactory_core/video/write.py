@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import replacing, temporary_name
 from .file import Pathlike, any_text
 from .pixels import RGB_TO_YUV, Pixels, convert_graph, palette_graph, pull
 from .sound import open_sound
@@ -83,7 +84,7 @@ def check_writable(path: Pathlike) -> None:
         raise ValueError(f"{path.parent} is not a folder: create it, or choose another place for {path.name}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: choose another name for the video")
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         temporary.touch()
         temporary.unlink()
@@ -158,18 +159,13 @@ def write_frames(
 
     import av
 
-    container, temporary = _container(path), _temporary(path)
+    container = _container(path)
     height, width = first[0].shape[:2]
     try:
         rate = Fraction(fps).limit_denominator(100_000)
-        _encode(temporary, container, chain([first], source), (width, height), rate, metadata, audio)
-        # A full disk may show only when the system flushes what it has buffered.
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        with replacing(path) as temporary:
+            _encode(temporary, container, chain([first], source), (width, height), rate, metadata, audio)
+    except Exception as error:
         if error is source.error:
             raise
         reason = getattr(error, "strerror", None) or str(error)
@@ -213,10 +209,6 @@ def _container(path: Path) -> Container:
     if container is None:
         raise ValueError(f"{path.name!r} does not name a kind of video: end it with {', '.join(CONTAINERS)}")
     return container
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _encode(
