@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import folder_paths
 
 from ..videofactory_core.checkpoint import DEMO
+from ..videofactory_core.upscaler import BUNDLED as UPSCALER
 
 CHECKPOINTS, UPSCALERS, LORAS = "videofactory", "upscale_models", "loras"
 # Public weights that become a model when they are loaded.
@@ -15,7 +16,7 @@ IMAGE_MODELS, MOTION_MODULES = "checkpoints", "animatediff_models"
 # In every list beside the user's own files; brackets keep them apart from a file of the same name.
 BUNDLED = {
     CHECKPOINTS: {"demo [bundled]": DEMO},
-    UPSCALERS: {"demo-x4 [bundled]": DEMO.with_name("demo-x4.safetensors")},
+    UPSCALERS: {"demo-x4 [bundled]": UPSCALER},
 }
 
 

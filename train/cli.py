@@ -83,8 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, help="number of the noise to start from (default: 0)")
     generate.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    generate.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    generate.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type to compute in")
+    _add_device(generate)
     generate.add_argument(
         "--batch", type=int, default=1, metavar="N", help="clips to make, with seeds counting up (default: 1)"
     )
@@ -118,8 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="work in squares of so many pixels a side (default: whole frames, and tiles when memory asks)",
     )
     upscale.add_argument("--batch", type=int, default=1, metavar="N", help="frames at once on a GPU (default: 1)")
-    upscale.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    upscale.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type to compute in")
+    _add_device(upscale)
     upscale.add_argument(
         "--compile", action="store_true", help="let PyTorch compile the network first, which pays for long videos"
     )
@@ -266,6 +264,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=commands.run_data_check)
     return parser
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type to compute in")
 
 
 def size(text: str) -> tuple[int, int]:

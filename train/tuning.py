@@ -22,7 +22,7 @@ from videofactory_core.unet.model import VideoUNet
 from .data.batches import Batch, Group, RawBatch, by_bucket, loader
 from .data.cache import Cache, Filled, encode_frames
 from .data.moving_shapes import MovingShapes
-from .data.samples import DatasetConfig, Sample, hold_out, plan
+from .data.samples import DatasetConfig, Sample, hold_out, samples_of
 from .data.sources import read_dataset
 from .denoiser import Answers, Denoiser, LatentBatches, Latents, choose_layers, encode_clips, frames_in, store_weights
 from .fetch import checksum
@@ -266,15 +266,7 @@ class Tuning:
         if dataset in self.found:
             return self.found[dataset]
         clips = read_dataset(Path(dataset.path), dataset.caption_extension)
-        planned = plan(clips, dataset, self.config, self.recipe.workers)
-        for clip in planned:
-            if clip.reason:
-                self.work.log(f"left out {clip.clip.name}: {clip.reason}")
-            elif clip.note:
-                self.work.log(f"{clip.clip.name}: {clip.note}")
-        found = self.found[dataset] = [sample for clip in planned for sample in clip.samples]
-        left_out = sum(1 for clip in planned if clip.reason)
-        self.work.log(f"{dataset.path}: {len(found)} samples of {len(planned) - left_out} clips, {left_out} left out")
+        found = self.found[dataset] = samples_of(clips, dataset, self.config, self.recipe.workers, self.work.log)
         return found
 
     def hold_out(self, parts: list[list[Sample]]) -> list[Sample]:

@@ -20,7 +20,7 @@ from .artefacts import Artefacts, Spoiler
 from .data.batches import by_bucket
 from .data.moving_shapes import HELD_OUT, MovingShapes
 from .data.pairs import Decoded, DrawnShapes, PairReader, PatchBatches, Patches, Shown, Source, show
-from .data.samples import DatasetConfig, Sample, hold_out, plan
+from .data.samples import DatasetConfig, Sample, hold_out, samples_of
 from .data.sources import read_dataset, without_captions
 from .discriminator import fake_loss, held, real_loss
 from .loop import Event, Schedule
@@ -248,17 +248,10 @@ class UpscalerRun:
 
     def samples(self, dataset: DatasetConfig) -> list[Sample]:
         """What can be cut out of a dataset's clips, with or without captions; what cannot is logged with its reason."""
-        log = self.work.log
         for width, height in dataset.sizes:
             self.check_size(width, height)
         clips = without_captions(read_dataset(Path(dataset.path), dataset.caption_extension))
-        planned = plan(clips, dataset, planning(self.model), self.recipe.workers)
-        for clip in planned:
-            if clip.reason or clip.note:
-                log(f"left out {clip.clip.name}: {clip.reason}" if clip.reason else f"{clip.clip.name}: {clip.note}")
-        found = [sample for clip in planned for sample in clip.samples]
-        log(f"{dataset.path}: {len(found)} samples of {sum(not clip.reason for clip in planned)} clips")
-        return found
+        return samples_of(clips, dataset, planning(self.model), self.recipe.workers, self.work.log)
 
     def check_size(self, width: int, height: int) -> None:
         """ValueError when large frames of a size cannot be made small, or are then too small for a patch."""

@@ -11,7 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ..data.sources import CACHE_MARK, CAPTION_COLUMNS, TABLES, VIDEOS, decode_text
+from ..data.content import Place as Bytes
+from ..data.content import read_place
+from ..data.sources import CACHE_MARK, CAPTION_COLUMNS, TABLES, VIDEOS, decode_text, shard_samples
 from .manifests import Entry, Manifest, Place, open_manifest, stem
 from .tables import Problem, is_shard
 
@@ -42,7 +44,7 @@ class Found:
     start: float | None = None
     end: float | None = None
     # Offset and length in a shard.
-    place: tuple[int, int] | None = None
+    place: Bytes | None = None
     caption: Any = None
     licence: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -207,24 +209,16 @@ def _video(path: Path, name: str) -> Found:
 
 
 def _shard(path: Path, name: str) -> Iterator[Item]:
-    """The videos of a WebDataset shard; files of one name up to its first dot belong together."""
+    """The videos of a WebDataset shard."""
     if not path.is_file():
         yield Problem(name, NO_FILE)
         return
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with open(path, "rb") as file:
-            try:
-                # Without compression, so that videos can be read where they lie.
-                with tarfile.open(fileobj=file, mode="r:") as shard:
-                    for member in shard:
-                        parent, _, base = member.name.rpartition("/")
-                        key, _, extension = base.partition(".")
-                        if member.isreg() and key:
-                            samples.setdefault(f"{parent}/{key}", {})[f".{extension.lower()}"] = member
-            except (tarfile.TarError, EOFError) as error:
-                yield Problem(name, f"the shard cannot be read to its end ({error})")
-            for members in samples.values():
+            samples, broken = shard_samples(file)
+            if broken:
+                yield Problem(name, broken)
+            for members in samples:
                 yield from _packed(file, path, name, members)
     except OSError as error:
         yield Problem(name, reason_of(error))
@@ -235,8 +229,8 @@ def _packed(file: BinaryIO, path: Path, name: str, members: Mapping[str, tarfile
     videos = [member for member in members.values() if is_video(member.name)]
 
     def text(extension: str) -> str:
-        file.seek(members[extension].offset_data)
-        return decode_text(file.read(members[extension].size))[0]
+        member = members[extension]
+        return decode_text(read_place(file, (member.offset_data, member.size)))[0]
 
     about: Any = {}
     if videos and ".json" in members:

@@ -18,12 +18,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..data.content import Place, digest_pieces
+from ..data.content import content as file_content
 from .finder import NO_FILE, Absent, Finder, Found, HdvgMode, reason_of
 from .stage import Row
 from .tables import Problem
 
-# Bytes of each of the three pieces that stand for a file.
-PIECE = 1 << 16
 # How many names of a kind a report shows.
 SHOWN = 5
 # Drives have one letter.
@@ -106,12 +106,8 @@ def find_sources(
 
 def content(row: Row) -> Path | bytes:
     """What to open: a file, or the bytes of a video in a shard. Raises OSError when these cannot be read."""
-    path = Path(text_path(row["path"]))
-    if row.get("offset") is None:
-        return path
-    with open(path, "rb") as file:
-        file.seek(row["offset"])
-        return file.read(row["length"])
+    place = None if row.get("offset") is None else (row["offset"], row["length"])
+    return file_content(Path(text_path(row["path"])), place)
 
 
 def path_text(path: str) -> str:
@@ -176,20 +172,16 @@ def _row(found: Found, digest: str) -> Row:
     }
 
 
-def fingerprint(path: str, place: tuple[int, int] | None = None) -> str:
-    """BLAKE2b of the length and of three pieces of 64 KiB of a file or of a part of it (offset, length).
+def fingerprint(path: str, place: Place | None = None) -> str:
+    """BLAKE2b of the length and of three pieces of a file or of a part of it.
 
     An empty file is known by its path instead: there may be several. Raises OSError when the file cannot be read.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(errno.ENOENT, NO_FILE, path)
     digest = hashlib.blake2b(digest_size=20)
-    with open(path, "rb") as file:
-        offset, length = place or (0, os.fstat(file.fileno()).st_size)
-        for start in (0, (length - PIECE) // 2, length - PIECE):
-            file.seek(offset + max(0, start))
-            digest.update(file.read(min(PIECE, length)))
-    digest.update(str(length).encode() if length else os.fsencode(f"{path} {offset}"))
+    length = digest_pieces(digest, path, place)
+    digest.update(str(length).encode() if length else os.fsencode(f"{path} {place[0] if place else 0}"))
     return digest.hexdigest()
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from videofactory_core.config import ModelConfig
 from videofactory_core.video import Probe, probe, read_frames
 
+from .content import content, digest_pieces
 from .sources import Clip
 
 Extraction = Literal["head", "chunk", "slide", "uniform"]
@@ -25,8 +25,6 @@ Crop = Literal["bucket", "16:9"]
 
 # What `decode` makes of a file; to be raised with every change of its numbers, for then caches are stale.
 DECODING = 1
-# Pieces of a file that stand for all of it in a fingerprint.
-PIECE = 1 << 16
 # A last frame that is shown for less than this share of its time does not count.
 LEAST_SHARE = 0.05
 
@@ -136,11 +134,27 @@ def plan(clips: Sequence[Clip], config: DatasetConfig, model: ModelConfig, worke
     return [_plan(clip, probes.get((clip.path, clip.place), ""), config, sizes, frames, fps) for clip in clips]
 
 
+def samples_of(
+    clips: Sequence[Clip], config: DatasetConfig, model: ModelConfig, workers: int, log: Callable[[str], None]
+) -> list[Sample]:
+    """What `plan` can cut out of the clips; what it cannot is logged with its reason."""
+    planned = plan(clips, config, model, workers)
+    for clip in planned:
+        if clip.reason:
+            log(f"left out {clip.clip.name}: {clip.reason}")
+        elif clip.note:
+            log(f"{clip.clip.name}: {clip.note}")
+    found = [sample for clip in planned for sample in clip.samples]
+    left_out = sum(1 for clip in planned if clip.reason)
+    log(f"{config.path}: {len(found)} samples of {len(planned) - left_out} clips, {left_out} left out")
+    return found
+
+
 def decode(sample: Sample) -> Tensor:
     """The sample's frames `[F, H, W, 3]` (uint8 RGB); ValueError with one sentence when they cannot be had."""
     crop = 16 / 9 if sample.crop == "16:9" else None
     try:
-        return read_frames(_content(sample.clip), sample.times, sample.bucket[1:], crop)
+        return read_frames(content(sample.clip.path, sample.clip.place), sample.times, sample.bucket[1:], crop)
     except (ValueError, OSError) as error:
         raise ValueError(f"{sample.clip.name} {_reason(error, sample.clip)}") from error
 
@@ -165,23 +179,10 @@ def fingerprint(sample: Sample) -> str:
     """
     clip = sample.clip
     digest = hashlib.blake2b(digest_size=20)
-    with open(clip.path, "rb") as file:
-        offset, length = clip.place or (0, os.fstat(file.fileno()).st_size)
-        for start in (0, (length - PIECE) // 2, length - PIECE):
-            file.seek(offset + max(0, start))
-            digest.update(file.read(min(PIECE, length)))
+    length = digest_pieces(digest, clip.path, clip.place)
     digest.update(struct.pack(f"<5q{len(sample.times)}d", DECODING, length, *sample.bucket, *sample.times))
     digest.update(sample.crop.encode())
     return digest.hexdigest()
-
-
-def _content(clip: Clip) -> Path | bytes:
-    if clip.place is None:
-        return clip.path
-    offset, length = clip.place
-    with open(clip.path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
 
 
 def _reason(error: Exception, clip: Clip) -> str:
@@ -199,7 +200,7 @@ def _probes(clips: Iterable[Clip], workers: int) -> dict[tuple[Path, tuple[int, 
 
     def look(clip: Clip) -> Probe | str:
         try:
-            return probe(_content(clip))
+            return probe(content(clip.path, clip.place))
         except (ValueError, OSError) as error:
             return _reason(error, clip)
 

@@ -11,7 +11,9 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+from .content import Place, read_place
 
 # Files that are meant as clips, whether this machine can read them or not.
 VIDEOS = (
@@ -42,7 +44,7 @@ class Clip:
     start: float = 0.0
     end: float | None = None
     # Offset and length in the shard.
-    place: tuple[int, int] | None = None
+    place: Place | None = None
     # What the user should know, for instance that the caption was not UTF-8.
     note: str = ""
 
@@ -265,40 +267,49 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _read_shard(path: Path, name: str, caption_extension: str) -> Iterator[Clip]:
-    """The clips of a WebDataset shard: files of one name up to its first dot belong together."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    broken = ""
+    """The clips of a WebDataset shard."""
     with open(path, "rb") as file:
-        try:
-            # Without compression, so that clips can be read where they lie.
-            with tarfile.open(fileobj=file, mode="r:") as shard:
-                for member in shard:
-                    folder, _, base = member.name.rpartition("/")
-                    key, _, extension = base.partition(".")
-                    if member.isreg() and key:
-                        samples.setdefault(f"{folder}/{key}", {})[f".{extension.lower()}"] = member
-        except (tarfile.TarError, EOFError) as error:
-            broken = f"the shard cannot be read to its end ({error}): unpack or copy it again"
+        samples, broken = shard_samples(file)
         found = False
-        for members in samples.values():
+        for members in samples:
             caption, note = _packed_caption(file, members, caption_extension)
             for member in (member for member in members.values() if is_media(member.name)):
                 place = (member.offset_data, member.size)
                 yield Clip(f"{name}/{member.name}", path, caption, place=place, note=note)
                 found = True
     if broken or not found:
-        yield Clip(name, path, None, note=broken or "the shard holds no videos or pictures")
+        note = f"{broken}: unpack or copy it again" if broken else "the shard holds no videos or pictures"
+        yield Clip(name, path, None, note=note)
+
+
+def shard_samples(file: BinaryIO) -> tuple[list[Mapping[str, tarfile.TarInfo]], str]:
+    """The samples of a WebDataset shard, each its members by extension in lower case, and what is wrong with it or "".
+
+    Members of one folder and one name up to its first dot are a sample.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    broken = ""
+    try:
+        # Without compression, so that clips can be read where they lie.
+        with tarfile.open(fileobj=file, mode="r:") as shard:
+            for member in shard:
+                folder, _, base = member.name.rpartition("/")
+                key, _, extension = base.partition(".")
+                if member.isreg() and key:
+                    samples.setdefault(f"{folder}/{key}", {})[f".{extension.lower()}"] = member
+    except (tarfile.TarError, EOFError) as error:
+        broken = f"the shard cannot be read to its end ({error})"
+    return list(samples.values()), broken
 
 
 def _packed_caption(
-    file: Any, members: Mapping[str, tarfile.TarInfo], caption_extension: str
+    file: BinaryIO, members: Mapping[str, tarfile.TarInfo], caption_extension: str
 ) -> tuple[str | None, str]:
     """The caption of one sample, and a note, as `_caption`."""
     for extension in (caption_extension.lower(), ".json"):
         if extension in members:
             member = members[extension]
-            file.seek(member.offset_data)
-            data = file.read(member.size)
+            data = read_place(file, (member.offset_data, member.size))
             if extension != ".json":
                 return _caption(data, member.name)
             text, note = decode_text(data)
