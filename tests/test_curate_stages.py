@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
 from videofactory_train.curate import motion
 from videofactory_train.curate.keyframe import Keyframe
 from videofactory_train.curate.motion import Motion, affine_residuals, deviations, moves
@@ -716,9 +717,15 @@ def test_raft_takes_local_weights(tmp_path: Path) -> None:
         expected = model(*pair)[-1][0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(estimate(first, second), expected, rtol=1e-3, atol=1e-3)
     assert estimate(first[:70, :100], second[:70, :100]).shape == (70, 100, 2)
+    save_file(model.state_dict(), tmp_path / "raft.safetensors")
+    again = motion._raft("raft_small", str(tmp_path / "raft.safetensors"))
+    np.testing.assert_array_equal(again(first, second), estimate(first, second))
     torch.save({"a": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match="is not torchvision's raft_small"):
-        stage.open()
+    for content, words in ((None, "; get https"), (b"nothing", r" \(.*is not a safetensors file.*; get https")):
+        if content:
+            weights.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"is not torchvision's raft_small{words}"):
+            stage.open()
 
 
 # Text
@@ -872,8 +879,28 @@ def test_craft_reads_the_authors_file(craft: Any, tmp_path: Path) -> None:
     assert stage.missing() == ""
     (found,) = stage.open()([{"image": scene_with(size=(160, 64))}])
     assert fits(stage, found)
+    # As .safetensors, and what is no weights at all.
+    save_file(craft.state_dict(), tmp_path / "craft.safetensors")
+    other = Text(detector="craft", weights=str(tmp_path / "craft.safetensors"))
+    assert other.open()([{"image": scene_with(size=(160, 64))}]) == [found]
     torch.save({"module.a": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match=r"is not CRAFT's craft_mlt_25k\.pth"):
+    for content, words in ((None, "; get it again"), (b"nothing", r" \(.*is not a safetensors file")):
+        if content:
+            weights.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"is not CRAFT's craft_mlt_25k\.pth{words}"):
+            stage.open()
+
+
+def test_an_older_pytorch_does_not_read_the_authors_file(
+    craft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its restricted reader can be tricked with the format of that file."""
+    weights = tmp_path / "craft.pth"
+    torch.save(craft.state_dict(), weights, _use_new_zipfile_serialization=False)
+    stage = Text(detector="craft", weights=str(weights))
+    assert fits(stage, stage.open()([{"image": scene_with(size=(160, 64))}])[0])
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.5.1"))
+    with pytest.raises(ValueError, match="which PyTorch reads safely from 2"):
         stage.open()
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from videofactory_core.checkpoint import CheckpointError
+from videofactory_core.convert.sources import Source, open_source
 
 # Channels of VGG19's convolutions (Simonyan and Zisserman, arXiv 1409.1556, configuration E); a picture is halved
 # between the groups.
@@ -38,11 +37,11 @@ class Perceptual(nn.Module):
         found = _read(path)
         for key, weight in expected.items():
             name = f"features.{key}"
-            if name not in found:
+            if name not in found.shapes:
                 raise ValueError(f"vgg: {path} lacks {name!r}, so it is not torchvision's VGG19; give vgg19-*.pth")
-            if found[name].shape != weight.shape:
+            if found.shapes[name] != weight.shape:
                 raise ValueError(f"vgg: {path} is of another network than VGG19: {name!r} has another shape")
-        self.features.load_state_dict({key: found[f"features.{key}"] for key in expected})
+        self.features.load_state_dict({key: found.read(f"features.{key}") for key in expected})
         self.requires_grad_(False)
         for name, values in (("mean", MEAN), ("deviation", DEVIATION)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -70,11 +69,10 @@ def _features() -> nn.Sequential:
     return nn.Sequential(*layers[: max(LAYERS) + 1])
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path) -> Source:
     if not path.is_file():
         raise ValueError(f"vgg: there is no file {path}; give torchvision's vgg19-*.pth, or leave it out")
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"vgg: {path} holds more than weights or is damaged; get it again") from error
-    return found if isinstance(found, Mapping) else {}
+        return open_source(path)
+    except CheckpointError as error:
+        raise ValueError(f"vgg: {path} holds more than weights or is damaged ({error}); get it again") from error

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .pretrained import lacking, load, load_model, pick_device, read_pictures
 from .stage import Row, Stage, Work
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import torch
     from torch import Tensor
 
 # The predictor's linear layers in its file; there is nothing between them, so they are one affine map.
@@ -26,6 +25,7 @@ class Aesthetics(Stage):
     name: ClassVar[str] = "aesthetics"
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("scenes", "keyframe")
+    weights_in: ClassVar[tuple[str, ...]] = ("clip", "predictor")
 
     # A folder with CLIP ViT-L/14 as transformers keeps it, and the predictor: sac+logos+ava1-l14-linearMSE.
     clip: str = ""
@@ -39,10 +39,11 @@ class Aesthetics(Stage):
         return {"aesthetic": pa.float64()}
 
     def missing(self) -> str:
-        if not Path(self.clip).is_dir() or not self.clip:
-            return "name the folder of CLIP ViT-L/14 as `clip` in [aesthetics]"
+        if reason := lacking(self.clip):
+            return f"aesthetics.clip: {reason}; name one with CLIP ViT-L/14 as transformers keeps it"
         if not Path(self.predictor).is_file():
-            return "name the file sac+logos+ava1-l14-linearMSE as `predictor` in [aesthetics]"
+            there = f"there is no file {self.predictor}" if self.predictor else "no file is named"
+            return f"aesthetics.predictor: {there}; name a local copy of sac+logos+ava1-l14-linearMSE"
         return ""
 
     def open(self) -> Work:
@@ -50,9 +51,8 @@ class Aesthetics(Stage):
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
         device = pick_device(self.device)
-        processor: Any = CLIPImageProcessor.from_pretrained(self.clip, local_files_only=True)
-        model: Any = CLIPVisionModelWithProjection.from_pretrained(self.clip, local_files_only=True)
-        model = model.to(device).eval()
+        processor: Any = load("aesthetics.clip", CLIPImageProcessor, self.clip)
+        model = load_model("aesthetics.clip", CLIPVisionModelWithProjection, self.clip, device, torch.float32)
         weight, bias = read_predictor(Path(self.predictor))
         if weight.shape != (model.config.projection_dim,):
             raise ValueError(
@@ -62,7 +62,7 @@ class Aesthetics(Stage):
 
         @torch.inference_mode()
         def work(rows: Sequence[Row]) -> list[Row]:
-            pixels = processor([open_picture(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
+            pixels = processor(read_pictures([row["image"] for row in rows]), return_tensors="pt")["pixel_values"]
             features = model(pixel_values=pixels.to(device)).image_embeds.double().cpu()
             # A zero vector stays one.
             features = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -72,30 +72,17 @@ class Aesthetics(Stage):
 
 
 def read_predictor(path: Path) -> tuple[Tensor, Tensor]:
-    """The affine map w x + b that its layers are: w `[D]` and b, in float64; ValueError for another file."""
+    """The affine map w x + b that its layers are: w `[D]` and b `[]`, in float64; ValueError for another file."""
     import torch
 
     from videofactory_core.convert.sources import open_source
 
     source = open_source(path)
-    if not all(f"{layer}.{kind}" in source.shapes for layer in LAYERS for kind in ("weight", "bias")):
-        raise ValueError(f"{path} is not the linear predictor (layers.0 to layers.7): choose another file")
     weight, bias = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for layer in reversed(LAYERS):
-        bias = bias + weight @ source.read(f"{layer}.bias").double()
-        weight = weight @ source.read(f"{layer}.weight").double()
+    try:
+        for layer in reversed(LAYERS):
+            bias = bias + weight @ source.read(f"{layer}.bias").double()
+            weight = weight @ source.read(f"{layer}.weight").double()
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is not the linear predictor (layers.0 to layers.7): choose another file") from error
     return weight[0], bias[0]
-
-
-def open_picture(image: bytes) -> Any:
-    """A key frame as Pillow's picture."""
-    from PIL import Image
-
-    return Image.open(io.BytesIO(image), formats=["JPEG"]).convert("RGB")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, or the best there is for "auto"."""
-    import torch
-
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

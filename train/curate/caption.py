@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .aesthetics import open_picture, pick_device
+from .pretrained import lacking, load, load_model, pick_device, read_pictures
 from .stage import Row, Stage, Work
 
 if TYPE_CHECKING:
@@ -21,11 +24,18 @@ if TYPE_CHECKING:
 
 # Where a server's key is looked for.
 KEY = "OPENAI_API_KEY"
+# How often it is asked, and seconds: until it is asked again, times the attempt, and that it may keep silent.
 ATTEMPTS, PAUSE, PATIENCE = 3, 2.0, 120.0
+# A server that has no time or is asked too often says so with these.
+BUSY = (408, 429)
+# Bytes of an answer, and characters of what an error says, that are read.
+LONGEST_ANSWER, LONGEST_REASON = 1 << 20, 200
 QUESTION = "Describe this frame of a video in one sentence of at most 60 words. Say what is seen and what happens."
 REWRITE = "Rewrite this caption of a video as one clear sentence of at most 60 words. Answer with the sentence alone."
 
-Ask = Callable[[Sequence[bytes], Sequence[str]], list[str]]
+# Map pictures to captions, and texts to better ones.
+Look = Callable[[Sequence[bytes]], list[str]]
+Say = Callable[[Sequence[str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Caption(Stage):
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("scenes", "keyframe")
     rows_per_part: ClassVar[int] = 32
+    weights_in: ClassVar[tuple[str, ...]] = ("model", "rewrite")
 
     # A folder with BLIP-2 or any image-text model with a chat template, as transformers keeps them.
     model: str = ""
@@ -43,6 +54,7 @@ class Caption(Stage):
     endpoint: str = ""
     endpoint_model: str = ""
     question: str = QUESTION
+    # Of a caption by BLIP-2; whoever is asked in words gets twice as many.
     max_new_tokens: int = 40
     num_beams: int = 1
     # Caption those too that have a caption.
@@ -67,26 +79,28 @@ class Caption(Stage):
         return {"caption_text": pa.string(), "caption_original": pa.string(), "caption_by": pa.string()}
 
     def missing(self) -> str:
-        if self.endpoint:
-            return "" if self.endpoint_model else "name the server's model as `endpoint_model` in [caption]"
-        if not self.model or not Path(self.model).is_dir():
-            return "name the folder of BLIP-2 or another image-text model as `model` in [caption], or an `endpoint`"
+        if self.endpoint and not self.endpoint_model:
+            return "caption.endpoint_model: none is named; name the server's model"
+        if not self.endpoint and (reason := lacking(self.model)):
+            return f"caption.model: {reason}; name one with BLIP-2 or another image-text model, or an endpoint"
+        if self.rewrite not in ("", "endpoint") and (reason := lacking(self.rewrite)):
+            return f"caption.rewrite: {reason}; name one with a language model, or leave it out"
         return ""
 
     def open(self) -> Work:
-        look = self._server(self.question) if self.endpoint else self._local()
         by = self.endpoint_model if self.endpoint else Path(self.model).name
-        say = self._rewriter()
+        look = self._server_look() if self.endpoint else self._local_look()
+        say = (self._server_say() if self.rewrite == "endpoint" else self._local_say()) if self.rewrite else None
 
         def work(rows: Sequence[Row]) -> list[Row]:
             texts = [row.get("caption") or "" for row in rows]
             asked = [i for i, text in enumerate(texts) if self.replace or not text]
-            found = look([rows[i]["image"] for i in asked], [""] * len(asked)) if asked else []
+            found = look([rows[i]["image"] for i in asked]) if asked else []
             for i, text in zip(asked, found, strict=True):
                 if not text:
                     raise ValueError(f"{by} gave no caption")
                 texts[i] = text
-            better = say([b""] * len(texts), texts) if say else texts
+            better = say(texts) if say else texts
             return [
                 {
                     "caption_text": new or old,
@@ -98,85 +112,106 @@ class Caption(Stage):
 
         return work
 
-    def _rewriter(self) -> Ask | None:
-        if not self.rewrite:
-            return None
-        return self._server(self.rewrite_question) if self.rewrite == "endpoint" else self._language_model()
-
-    def _local(self) -> Ask:
+    def _local_look(self) -> Look:
         import torch
-        from transformers import (
-            AutoConfig,
-            AutoModelForImageTextToText,
-            AutoProcessor,
-            Blip2ForConditionalGeneration,
-        )
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
         device = pick_device(self.device)
-        settings: dict[str, Any] = {"local_files_only": True}
-        kind = AutoConfig.from_pretrained(self.model, **settings).model_type
-        processor: Any = AutoProcessor.from_pretrained(self.model, **settings)
-        build: Any = Blip2ForConditionalGeneration if kind == "blip-2" else AutoModelForImageTextToText
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        model: Any = build.from_pretrained(self.model, dtype=dtype, **settings).to(device).eval()
+        processor: Any = load("caption.model", AutoProcessor, self.model)
+        model = load_model("caption.model", AutoModelForImageTextToText, self.model, device)
+        if model.config.model_type == "blip-2":
+            prompt, most = "", self.max_new_tokens
+            if model.config.image_token_id is None:
+                # Older folders do not say which of its tokens stands for the picture.
+                model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+        else:
+            prompt, most = self._prompt(processor), 2 * self.max_new_tokens
+            _pad_in_front(processor.tokenizer)
+        begin = processor.tokenizer.bos_token
+        # A prompt may have its first token already.
+        more = {"add_special_tokens": False} if begin and prompt.startswith(begin) else {}
 
         @torch.inference_mode()
-        def ask(images: Sequence[bytes], _: Sequence[str]) -> list[str]:
-            pictures = [open_picture(image) for image in images]
-            if kind == "blip-2":
-                given = processor(images=pictures, return_tensors="pt")
+        def look(images: Sequence[bytes]) -> list[str]:
+            pictures = read_pictures(images)
+            if prompt:
+                nested, texts = [[picture] for picture in pictures], [prompt] * len(pictures)
+                given = processor(images=nested, text=texts, padding=True, return_tensors="pt", **more)
             else:
-                message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}]
-                prompt = processor.apply_chat_template(message, add_generation_prompt=True)
-                given = processor(
-                    images=[[picture] for picture in pictures],
-                    text=[prompt] * len(pictures),
-                    padding=True,
-                    return_tensors="pt",
-                )
-            given = given.to(device, dtype)
-            ids = model.generate(**given, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False)
-            if "input_ids" in given and kind != "blip-2":
+                given = processor(images=pictures, return_tensors="pt")
+            ids = model.generate(
+                **given.to(device, model.dtype), max_new_tokens=most, num_beams=self.num_beams, do_sample=False
+            )
+            if prompt:
                 ids = ids[:, given["input_ids"].shape[1] :]
             return [_line(text) for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
-        return ask
+        return look
 
-    def _language_model(self) -> Ask:
+    def _prompt(self, processor: Any) -> str:
+        """The question about a picture as the model wants it put; ValueError when it has no way."""
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}
+        try:
+            return str(
+                processor.apply_chat_template(
+                    [message], add_generation_prompt=True, **_no_thoughts(processor.chat_template)
+                )
+            )
+        except Exception as error:  # templates are programs
+            raise ValueError(
+                f"caption.model: {self.model} has no chat template for a picture ({error}): name another model"
+            ) from error
+
+    def _local_say(self) -> Say:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = pick_device(self.device)
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.rewrite, local_files_only=True)
-        build: Any = AutoModelForCausalLM
-        model = build.from_pretrained(self.rewrite, local_files_only=True).to(device).eval()
+        tokenizer: Any = load("caption.rewrite", AutoTokenizer, self.rewrite)
+        model = load_model("caption.rewrite", AutoModelForCausalLM, self.rewrite, device)
+        _pad_in_front(tokenizer)
+        template = tokenizer.chat_template
+
+        def prompt(text: str) -> str:
+            message = {"role": "user", "content": f"{self.rewrite_question}\n{text}"}
+            if not template:
+                return f"{message['content']}\n"
+            return str(
+                tokenizer.apply_chat_template(
+                    [message], add_generation_prompt=True, tokenize=False, **_no_thoughts(template)
+                )
+            )
 
         @torch.inference_mode()
-        def ask(_: Sequence[bytes], texts: Sequence[str]) -> list[str]:
-            found = []
-            for text in texts:
-                message = f"{self.rewrite_question}\n{text}"
-                if tokenizer.chat_template:
-                    given = tokenizer.apply_chat_template(
-                        [{"role": "user", "content": message}], add_generation_prompt=True, return_tensors="pt"
-                    )
-                    ids = given if isinstance(given, torch.Tensor) else given["input_ids"]
-                else:
-                    ids = tokenizer(f"{message}\n", return_tensors="pt")["input_ids"]
-                made = model.generate(ids.to(device), max_new_tokens=2 * self.max_new_tokens, do_sample=False)
-                found.append(_line(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)))
-            return found
+        def say(texts: Sequence[str]) -> list[str]:
+            prompts = [prompt(text) for text in texts]
+            given = tokenizer(prompts, add_special_tokens=not template, padding=True, return_tensors="pt").to(device)
+            ids, seen = given["input_ids"], given["attention_mask"]
+            made = model.generate(
+                ids, attention_mask=seen, max_new_tokens=2 * self.max_new_tokens, num_beams=1, do_sample=False
+            )
+            made = made[:, ids.shape[1] :]
+            return [_line(text) for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
 
-        return ask
+        return say
 
-    def _server(self, question: str) -> Ask:
-        def ask(images: Sequence[bytes], texts: Sequence[str]) -> list[str]:
-            return [self._answer(question, image, text) for image, text in zip(images, texts, strict=True)]
+    def _server_look(self) -> Look:
+        ask = self._server(self.question)
+        return lambda images: [ask(image, "") for image in images]
 
-        return ask
+    def _server_say(self) -> Say:
+        ask = self._server(self.rewrite_question)
+        return lambda texts: [ask(b"", text) for text in texts]
+
+    def _server(self, question: str) -> Callable[[bytes, str], str]:
+        # A batch in which one fails is asked for again, row by row.
+        return lru_cache(maxsize=2 * self.rows_per_part)(partial(self._answer, question))
 
     def _answer(self, question: str, image: bytes, text: str) -> str:
-        """What the server says of a picture, or of a text; OSError when it does not answer."""
+        """What the server says of a picture, or of a text.
+
+        OSError when it does not answer, ValueError when it refuses or its answer is none.
+        """
         content: list[dict[str, Any]] = [{"type": "text", "text": f"{question}\n{text}".strip()}]
         if image:
             address = "data:image/jpeg;base64," + base64.b64encode(image).decode()
@@ -187,24 +222,51 @@ class Caption(Stage):
             "temperature": 0,
             "messages": [{"role": "user", "content": content}],
         }
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
         request = urllib.request.Request(
-            f"{self.endpoint.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
+            f"{self.endpoint.rstrip('/')}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
-        for attempt in range(1, ATTEMPTS + 1):
+        if os.environ.get(KEY):
+            # Not for a server that this one names instead of itself.
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ[KEY]}")
+        reason = ""
+        for attempt in range(ATTEMPTS):
+            time.sleep(PAUSE * attempt)
             try:
                 with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                    told = json.loads(answer.read())
-                return _line(str(told["choices"][0]["message"]["content"]))
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                if attempt == ATTEMPTS:
-                    raise OSError(f"{self.endpoint} does not answer ({error}): start it, or run again later") from error
-                time.sleep(PAUSE * attempt)
+                    return _content(answer.read(LONGEST_ANSWER))
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {error.reason}"
+                with error, suppress(OSError, http.client.HTTPException):
+                    reason += f": {_line(error.read(LONGEST_REASON).decode(errors='replace'))}"
+                if error.code < 500 and error.code not in BUSY:
+                    raise ValueError(f"{self.endpoint} refuses ({reason}): check endpoint_model and {KEY}") from error
+            except (OSError, http.client.HTTPException) as error:
+                reason = str(error) or type(error).__name__
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(f"{self.endpoint} gave an answer that is no chat completion ({error})") from error
-        raise AssertionError("the last attempt returns or raises")
+        raise OSError(f"{self.endpoint} does not answer ({reason}): check that it runs")
+
+
+def _content(answer: bytes) -> str:
+    """The text in a chat completion; ValueError, LookupError or TypeError for anything else."""
+    text = json.loads(answer)["choices"][0]["message"]["content"]
+    if not isinstance(text, str):
+        raise TypeError(f"its content is {text!r:.60}")
+    return _line(text)
+
+
+def _pad_in_front(tokenizer: Any) -> None:
+    """Let prompts of a batch end together, where the answers begin."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _no_thoughts(template: Any) -> dict[str, bool]:
+    """Keeps models that can from thinking aloud, which would be taken for the caption."""
+    return {"enable_thinking": False} if "enable_thinking" in str(template) else {}
 
 
 def _line(text: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -69,6 +69,7 @@ class Motion(Stage):
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("scenes",)
     rows_per_part: ClassVar[int] = 16
+    weights_in: ClassVar[tuple[str, ...]] = ("weights",)
 
     # dis, raft_small, raft_large, or a function as "module:name", which gets `weights` and returns an `Estimator`.
     estimator: str = "dis"
@@ -217,12 +218,20 @@ def _raft(name: str, weights: str) -> Estimator:
     from torch.nn import functional as F
     from torchvision.models import optical_flow
 
+    from videofactory_core.checkpoint import CheckpointError
+    from videofactory_core.convert.sources import open_source
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = getattr(optical_flow, name)(weights=None)
     try:
-        model.load_state_dict(torch.load(weights, "cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"motion.weights: {weights} is not torchvision's {name}; get {RAFT_FILES[name]}") from error
+        source = open_source(Path(weights))
+        model.load_state_dict({key: source.read(key) for key in source.shapes})
+    except (CheckpointError, RuntimeError) as error:
+        # What does not fit takes PyTorch many lines.
+        reason = f" ({error})" if isinstance(error, CheckpointError) else ""
+        raise ValueError(
+            f"motion.weights: {weights} is not torchvision's {name}{reason}; get {RAFT_FILES[name]}"
+        ) from error
     model = model.eval().requires_grad_(False).to(device)
 
     @torch.inference_mode()

@@ -43,6 +43,7 @@ class Scenes(Stage):
     needs: ClassVar[tuple[str, ...]] = ()
     rows_per_part: ClassVar[int] = 8
     splits: ClassVar[bool] = True
+    weights_in: ClassVar[tuple[str, ...]] = ("model",)
 
     detector: Literal["adaptive", "content", "histogram", "hash", "threshold", "transnetv2"] = "adaptive"
     # From which difference on there is a cut; 0 is the library's default for the detector.

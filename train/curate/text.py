@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -48,6 +48,7 @@ class Text(Stage):
     name: ClassVar[str] = "text"
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("scenes", "keyframe")
+    weights_in: ClassVar[tuple[str, ...]] = ("weights",)
 
     # rapidocr brings its weights along; pp_ocr and craft want `weights`.
     detector: Literal["rapidocr", "pp_ocr", "craft"] = "rapidocr"
@@ -181,16 +182,20 @@ def _craft(weights: str, threshold: float) -> Detector:
     """CRAFT with the weights of its authors."""
     import torch
 
+    from videofactory_core.checkpoint import CheckpointError
+    from videofactory_core.convert.sources import open_source
+
     from .craft import HIGH, Craft, find_boxes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Craft()
     try:
-        state = torch.load(weights, "cpu", weights_only=True)
-        # Saved by several GPUs at once.
-        model.load_state_dict({key.removeprefix("module."): weight for key, weight in state.items()})
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"text.weights: {weights} is not CRAFT's craft_mlt_25k.pth; get it again") from error
+        source = open_source(Path(weights))
+        model.load_state_dict({name: source.read(name) for name in source.shapes})
+    except (CheckpointError, RuntimeError) as error:
+        # What does not fit takes PyTorch many lines.
+        reason = f" ({error})" if isinstance(error, CheckpointError) else ""
+        raise ValueError(f"text.weights: {weights} is not CRAFT's craft_mlt_25k.pth{reason}; get it again") from error
     model = model.eval().requires_grad_(False).to(device)
 
     @torch.inference_mode()
