@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -125,12 +125,12 @@ def flicker(frames: Tensor, originals: Tensor) -> float:
     return float(second[still].mean())
 
 
-def demo_clips() -> Iterator[tuple[Tensor, Tensor]]:
+def demo_clips(every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Clips of held-out words as the demo's decoder gives them, and the same scenes drawn larger, in 0..1."""
     model = checkpoint.load(checkpoint.DEMO)
     config = model.config
     clips = MovingShapes(len(HELD_OUT), config.frames, config.height, config.width, 1234, HELD_OUT)
-    for number in range(len(clips)):
+    for number in range(0, len(clips), every):
         scene = clips.scene(number)
         small = draw(scene, config.frames, config.height, config.width)
         large = draw(scene, config.frames, 4 * config.height, 4 * config.width)
@@ -149,18 +149,23 @@ def video_clips(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
         yield downscale(large, 4), large
 
 
-def table(clips: Iterator[tuple[Tensor, Tensor]], model: Upscaler) -> None:
-    """PSNR, SSIM and flicker of bicubic and of the network, means over clips."""
+def compare(clips: Iterable[tuple[Tensor, Tensor]], model: Upscaler) -> tuple[int, dict[str, list[float]]]:
+    """How many clips, and the means of PSNR, SSIM and flicker over them, of bicubic and of the network."""
     found: dict[str, list[list[float]]] = {"bicubic": [], "upscaler": []}
     for small, large in clips:
         for name, frames in (("bicubic", bicubic(small, 4)), ("upscaler", networked(model, small))):
             figures = [float(psnr(frames, large).mean()), float(ssim(frames, large).mean()), flicker(frames, large)]
             found[name].append(figures)
-    count = len(found["bicubic"])
+    means = {name: torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist() for name, rows in found.items()}
+    return len(found["bicubic"]), means
+
+
+def table(clips: Iterable[tuple[Tensor, Tensor]], model: Upscaler) -> None:
+    """The comparison in Markdown."""
+    count, means = compare(clips, model)
     print(f"| {count} clips | PSNR, dB | SSIM | flicker of still regions |\n|---|---|---|---|")
-    for name, rows in found.items():
-        means = torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist()
-        print(f"| {name} | {means[0]:.2f} | {means[1]:.4f} | {means[2]:.5f} |")
+    for name, (ratio, similarity, change) in means.items():
+        print(f"| {name} | {ratio:.2f} | {similarity:.4f} | {change:.5f} |")
 
 
 def quality() -> None:

@@ -16,6 +16,7 @@ from spandrel.architectures.SwinIR import SwinIR
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.upscale import compare, demo_clips
 from videofactory_core import upscaler
 from videofactory_core.upscaler import PRESETS, Upscaler, UpscalerConfig, upscale
 
@@ -139,6 +140,16 @@ def test_other_upscalers_are_named_with_what_takes_them(
     save_file({key: value.clone().contiguous() for key, value in network().state_dict().items()}, path)
     with pytest.raises(ValueError, match=f"is {name} and no RCAN: give it to ComfyUI's own Load Upscale Model"):
         upscaler.load(path)
+
+
+def test_the_bundled_one_makes_the_demos_frames_crisp() -> None:
+    """Three of the held-out clips behind `python -m benchmarks upscale-quality`, and its bars."""
+    count, means = compare(demo_clips(every=12), upscaler.load(upscaler.BUNDLED).prepare())
+    (psnr, ssim, flicker), bicubic = means["upscaler"], means["bicubic"]
+    assert count == 3
+    assert psnr > bicubic[0] + 1
+    assert ssim > bicubic[1] + 0.01
+    assert flicker <= bicubic[2]
 
 
 def test_half_precision_keeps_the_colours() -> None:
