@@ -7,22 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from videofactory_train.cli import main
+from videofactory_train.curate import export as module
 from videofactory_train.curate import runner
-from videofactory_train.curate.config import CurateConfig, kept, read_config
+from videofactory_train.curate.config import CurateConfig, read_config
 from videofactory_train.curate.curation import Curation
 from videofactory_train.curate.decide import Decision, Rules, decide
 from videofactory_train.curate.figures import Bars, Histogram
-from videofactory_train.curate.report import count
+from videofactory_train.curate.report import SCORES, count
 from videofactory_train.curate.stage import Row, Stage, Work
 from videofactory_train.curate.store import Store
 from videofactory_train.curate.work import Task, carry_out
@@ -30,6 +32,9 @@ from videofactory_train.data.sources import read_dataset
 from videofactory_train.recipe import read_recipe
 
 from videofactory_core.video import probe, read_frames, write_video
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("scenedetect")
@@ -76,7 +81,7 @@ def curated(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(folder: Path) -> list[tuple[Row, Decision]]:
-    return list(Curation(folder, kept(folder)).clips())
+    return list(Curation.read(folder).clips())
 
 
 def test_videos_become_measured_clips(curated: Path, videos: Path) -> None:
@@ -85,8 +90,8 @@ def test_videos_become_measured_clips(curated: Path, videos: Path) -> None:
     for row, decision in found:
         assert row["end"] - row["start"] == pytest.approx(2.5, abs=0.01)
         assert row["o_avg"] > 0.2
-        assert row["errors"] == []
         assert decision.kept
+        assert decision.errors == ()
     assert {row["caption"] for row, _ in found} == {None, "squares on the move"}
     assert len({row["clip_id"] for row, _ in found}) == 18
 
@@ -99,7 +104,7 @@ def test_what_is_done_is_not_done_again(curated: Path, videos: Path, capsys: pyt
 
 
 def test_thresholds_change_without_anything_being_computed(curated: Path, tmp_path: Path) -> None:
-    config = kept(curated)
+    config = Curation.read(curated).config
     strict = Curation(curated, replace(config, decide=Rules(o_avg=1e6)))
     assert {decision.removed_by for _, decision in strict.clips()} == {("motion",)}
     # But another length of the clips is another scene stage.
@@ -138,6 +143,26 @@ def test_broken_sources_are_noted_and_the_rest_goes_on(videos: Path, curated: Pa
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Errors (4)" in page
     assert "empty.mp4" in page
+
+
+def test_what_failed_is_done_again_when_asked(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("0.mp4", "1.mp4"):
+        (folder / name).write_bytes((videos / name).read_bytes())
+
+    def run(stages: str, *more: str) -> str:
+        assert main(["curate", str(folder), "--out", str(out), "--workers", "1", "--stages", stages, *more]) == 0
+        return capsys.readouterr().out
+
+    run("scenes")
+    (folder / "1.mp4").rename(tmp_path / "away.mp4")
+    assert "keyframe: 6 done now, 3 of them failed" in run("keyframe")
+    (tmp_path / "away.mp4").rename(folder / "1.mp4")
+    assert "keyframe: 0 done now" in run("keyframe")
+    assert [row["errors"][:9] for row, _ in table(out) if row["errors"]] == ["keyframe:"] * 3
+    assert "motion: 6 done now" in run("keyframe,motion", "--retry")
+    assert not any(row["errors"] for row, _ in table(out))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed otherwise there")
@@ -235,7 +260,15 @@ def test_a_part_that_cannot_be_read_is_made_again(videos: Path, curated: Path, t
 
 def row(**changes: Any) -> Row:
     scores = {"text_edge": 0.0, "o_avg": 5.0, "o_md": 4.0, "aesthetic": 5.0}
-    return {"start": 0.0, "end": 3.0, "name": "a clip", "errors": [], **scores, **changes}
+    return {"start": 0.0, "end": 3.0, "name": "a clip", "errors": "", **scores, **changes}
+
+
+def joined(*rows: Row) -> pa.Table:
+    """A table as of `Curation.table`."""
+    import pyarrow as pa
+
+    texts = dict.fromkeys(("name", "caption", "caption_text", "errors"), pa.string())
+    return pa.Table.from_pylist(rows, pa.schema({**texts, **dict.fromkeys(("start", "end", *SCORES), pa.float64())}))
 
 
 @pytest.mark.parametrize(
@@ -256,12 +289,12 @@ def row(**changes: Any) -> Row:
     ],
 )
 def test_the_papers_rules(changes: dict[str, Any], removed_by: tuple[str, ...]) -> None:
-    assert decide(row(**changes), Rules()) == Decision(removed_by, ())
+    assert list(decide(joined(row(**changes)), Rules())) == [Decision(removed_by, ())]
 
 
 def test_rules_are_counted_alone_and_in_order() -> None:
-    rows = [row(), row(end=1.0, o_avg=0.0), row(o_avg=0.0), row(aesthetic=None, errors=["motion: broken"])]
-    numbers = count([(one, decide(one, Rules())) for one in rows], Rules())
+    rows = [row(), row(end=1.0, o_avg=0.0), row(o_avg=0.0), row(aesthetic=None, errors="motion: broken\n")]
+    numbers = count(joined(*rows), Rules())
     assert (numbers.clips, numbers.kept) == (4, 1)
     found = {removal.rule: (removal.alone, removal.in_order, removal.measured) for removal in numbers.removals}
     assert found == {"duration": (1, 1, 4), "text": (0, 0, 4), "motion": (2, 1, 4), "aesthetics": (0, 0, 3)}
@@ -270,7 +303,7 @@ def test_rules_are_counted_alone_and_in_order() -> None:
 
 
 def test_figures_count_every_value_once() -> None:
-    values = [0.5, 2.0, 3.0, 5.0, 99.0]
+    values = np.array([0.5, 2.0, 3.0, 5.0, 99.0])
     bars = Bars.of(values, (2, 5), "s")
     assert (bars.labels, bars.counts) == (("0-2 s", "2-5 s", "from 5 s"), (1, 2, 2))
     histogram = Histogram.of(values, (4.0,))
@@ -302,6 +335,36 @@ def test_lists_and_shards_are_datasets_of_the_trainer(curated: Path, form: str, 
     clips = read_dataset(tmp_path / "made")
     assert len(clips) == 18
     assert sum(clip.caption == "squares on the move" for clip in clips) == 3
+
+
+@pytest.mark.parametrize("form", ["folder", "webdataset"])
+def test_an_export_has_what_stays_and_no_more(
+    curated: Path, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CLIPS", 2)
+    monkeypatch.setattr(module, "cut", lambda row, path: path.write_bytes(row["clip_id"].encode()))
+    (tmp_path / "mine.mp4").touch()
+    (tmp_path / "mine.tar").write_bytes(b"")
+
+    def stay(limit: float) -> set[str]:
+        config = replace(Curation.read(curated).config, decide=Rules(o_avg=limit))
+        curation = Curation(curated, config)
+        count = module.export(curation, form, tmp_path, lambda rows: rows)
+        kept = {row["clip_id"] for row, decision in curation.clips() if decision.kept}
+        names = [path.name for path in tmp_path.glob("*.mp4")]
+        for path in tmp_path.glob("0*.tar"):
+            with tarfile.open(path) as shard:
+                names += shard.getnames()
+        assert {name[:-4] for name in names if name.endswith(".mp4")} - {"mine"} == kept
+        assert count == len(kept)
+        return kept
+
+    middle = sorted(row["o_avg"] for row, _ in table(curated))[9]
+    assert len(stay(0.2)) == 18
+    assert 0 < len(stay(middle)) < 18
+    assert len(stay(0.2)) == 18
+    assert (tmp_path / "mine.mp4").is_file()
+    assert (tmp_path / "mine.tar").is_file()
 
 
 def test_the_trainer_reads_a_curation(curated: Path, tmp_path: Path) -> None:

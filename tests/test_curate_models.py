@@ -26,7 +26,7 @@ from videofactory_train.cli import main
 from videofactory_train.curate import caption, stage
 from videofactory_train.curate.aesthetics import LAYERS, Aesthetics
 from videofactory_train.curate.caption import Caption
-from videofactory_train.curate.config import CurateConfig, kept
+from videofactory_train.curate.config import CurateConfig
 from videofactory_train.curate.curation import Curation
 from videofactory_train.curate.keyframe import Keyframe
 from videofactory_train.curate.motion import Motion
@@ -824,7 +824,7 @@ def test_videos_are_scored_and_captioned(models: Path, predictor: Path, tmp_path
     )
     command = ["curate", str(videos), "--out", str(out), "--workers", "1", "--config", str(tmp_path / "curate.toml")]
     assert main([*command, "--stages", "scenes,keyframe,aesthetics,caption"]) == 0
-    config = kept(out)
+    config = Curation.read(out).config
     scores, captions = config.aesthetics.open(), config.caption.open()
     found: dict[str, dict[str, Row]] = {}
     for name in ("keyframe", "aesthetics", "caption"):

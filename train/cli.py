@@ -223,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     curate.add_argument("--runner", choices=["local", "ray"], default="local", help="(default: %(default)s)")
     curate.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    curate.add_argument("--retry", action="store_true", help="do again what failed, such as while a server was down")
     curate.set_defaults(run=commands.run_curate, after_interrupt="; run the same command again to go on")
 
     report = kinds.add_parser("curate-report", prog="videofactory curate report", description="Make the pages again.")

@@ -258,7 +258,7 @@ def run_fetch(options: argparse.Namespace) -> None:
 def run_curate(options: argparse.Namespace) -> None:
     """Carry out what is not done yet, then say which clips stay."""
     from .curate import runner
-    from .curate.config import keep, read_config
+    from .curate.config import read_config
     from .curate.curation import Curation
     from .curate.report import write_report
     from .curate.sources import Tally, find_sources
@@ -278,7 +278,9 @@ def run_curate(options: argparse.Namespace) -> None:
         print(*tally.lines(), sep="\n")
 
     rows = find_sources(options.sources, options.look_in, options.hdvg, tell)
-    keep(config, options.out)
+    curation.keep()
+    if options.retry:
+        curation.forget_failures(names)
     curation.add_sources(rows)
     run = runner.local(processes) if options.runner == "local" else runner.ray(options.workers)
     curation.run(run, processes, names)
@@ -287,23 +289,21 @@ def run_curate(options: argparse.Namespace) -> None:
 
 def run_curate_report(options: argparse.Namespace) -> None:
     """The pages, from what is on disk."""
-    from .curate.config import kept
     from .curate.curation import Curation
     from .curate.report import write_report
 
-    print(write_report(Curation(options.folder, kept(options.folder))))
+    print(write_report(Curation.read(options.folder)))
 
 
 def run_curate_export(options: argparse.Namespace) -> None:
     """The clips that stay, for other programs."""
     from tqdm import tqdm
 
-    from .curate.config import kept
     from .curate.curation import Curation
     from .curate.export import export
 
     out = options.to or options.folder / "export"
-    curation = Curation(options.folder, kept(options.folder))
+    curation = Curation.read(options.folder)
     count = export(curation, options.format, out, lambda rows: tqdm(rows, "export", unit="clip", disable=None))
     print(f"{out}: {count} clips")
 

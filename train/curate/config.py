@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from .motion import Motion
 from .scenes import Scenes
 from .stage import Stage
 from .text import Text
+
+# Beside the settings in the file that `keep` writes.
+KEYS = "keys"
 
 
 @dataclass(frozen=True)
@@ -38,22 +42,24 @@ class CurateConfig:
         return [stage for f in fields(self) if isinstance(stage := getattr(self, f.name), Stage)]
 
 
-def keep(config: CurateConfig, folder: Path) -> None:
-    """Write the settings beside the rows, for those who read the rows."""
+def keep(config: CurateConfig, keys: Mapping[str, str], folder: Path) -> None:
+    """Write the settings, and what the stages' folders are called under them, for those who read the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     # So that it is no source of another curation.
     (folder / CACHE_MARK).write_text(f"{CACHE_SIGNATURE}\n", encoding="utf-8")
-    write_text(folder / CURATION, json.dumps(asdict(config), indent=2))
+    write_text(folder / CURATION, json.dumps({**asdict(config), KEYS: dict(keys)}, indent=2))
 
 
-def kept(folder: Path) -> CurateConfig:
-    """The settings that `keep` wrote; ValueError where there are none, or they cannot be used."""
+def kept(folder: Path) -> tuple[CurateConfig, dict[str, str]]:
+    """What `keep` wrote; ValueError where there is nothing, or it cannot be used."""
     path = folder / CURATION
     if not path.is_file():
         raise ValueError(f"{folder} is no curation: name the folder that `videofactory curate --out` wrote")
     try:
-        return from_dict(CurateConfig, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        keys = found.pop(KEYS)
+        return from_dict(CurateConfig, found), keys
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used ({error}): run `videofactory curate` again") from error
 
 

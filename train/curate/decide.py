@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .motion import moves
-from .stage import Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,31 @@ class Rules:
             if not math.isfinite(value):
                 raise ValueError(f"{name}: {value} is no threshold; use a number")
 
-    def named(self) -> dict[str, Callable[[Row], bool | None]]:
-        """Each rule by its name: whether a clip passes, None where its score was not measured."""
+    def passes(self, clips: pa.Table) -> dict[str, pa.Array]:
+        """Each rule by its name: whether the clips pass, null where its score was not measured."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        limits = {"o_avg_over": self.o_avg, "ratio_under": self.ratio, "o_md_over": self.o_md}
+        motion = [
+            None if o_avg is None else moves(o_avg, o_md, **limits)
+            for o_avg, o_md in zip(clips["o_avg"].to_pylist(), clips["o_md"].to_pylist(), strict=True)
+        ]
         return {
-            "duration": lambda row: row["end"] - row["start"] >= self.min_seconds - 1e-6,
-            "text": lambda row: None if row.get("text_edge") is None else row["text_edge"] < self.text_edge,
-            "motion": self._motion,
-            "aesthetics": lambda row: None if row.get("aesthetic") is None else row["aesthetic"] >= self.aesthetic,
+            "duration": pc.greater_equal(pc.subtract(clips["end"], clips["start"]), self.min_seconds - 1e-6),
+            "text": pc.less(clips["text_edge"], self.text_edge),
+            "motion": pa.array(motion, pa.bool_()),
+            "aesthetics": pc.greater_equal(clips["aesthetic"], self.aesthetic),
         }
 
-    def _motion(self, row: Row) -> bool | None:
-        if row.get("o_avg") is None:
-            return None
-        return moves(row["o_avg"], row["o_md"], o_avg_over=self.o_avg, ratio_under=self.ratio, o_md_over=self.o_md)
+    def told(self) -> dict[str, str]:
+        """Each rule by its name, in words."""
+        return {
+            "duration": f"{self.min_seconds:g} s or longer",
+            "text": f"less than {self.text_edge:g} of every text in the band along the edges",
+            "motion": f"O_avg > {self.o_avg:g}, and O_avg / O_md < {self.ratio:g} or O_md > {self.o_md:g}",
+            "aesthetics": f"score {self.aesthetic:g} or higher",
+        }
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,8 @@ class Decision:
         return not self.removed_by and not self.errors
 
 
-def decide(row: Row, rules: Rules) -> Decision:
-    """Join the scores of a clip: rules whose score was not measured remove nothing, an error removes."""
-    removed = tuple(name for name, passes in rules.named().items() if passes(row) is False)
-    return Decision(removed, tuple(row.get("errors") or ()))
+def decide(clips: pa.Table, rules: Rules) -> Iterator[Decision]:
+    """Join the scores of each clip: rules whose score was not measured remove nothing, an error removes."""
+    passes = {name: column.to_pylist() for name, column in rules.passes(clips).items()}
+    for i, errors in enumerate(clips["errors"].to_pylist()):
+        yield Decision(tuple(name for name in passes if passes[name][i] is False), tuple(errors.splitlines()))

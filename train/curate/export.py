@@ -7,16 +7,16 @@ import json
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from videofactory_core.atomic import replacing, write_text
+from videofactory_core.atomic import replacing
 from videofactory_core.video import read_frames, write_frames
 
 from ..data.sources import NO_CAPTION, Clip
-from .config import kept
 from .curation import Curation
 from .report import SCORES, caption_of
 from .sources import content, text_path
@@ -30,24 +30,41 @@ TOLD = ("clip_id", "name", "licence", "fps", "width", "height", *SCORES)
 
 
 def export(curation: Curation, form: Format, out: Path, watch: Callable[[Iterator[Row]], Iterator[Row]]) -> int:
-    """Write the clips that stay to `out`; returns how many. A file that is there already is left as it is.
+    """Write the clips that stay to `out`; returns how many. What an earlier export has written is left as it is.
+
+    Clips of this curation that are there and do not stay any more are removed.
 
     `folder`: each cut out and encoded anew as .mp4 with its caption beside it. `jsonl`: one list, `out/metadata.jsonl`,
     that points into the sources. `webdataset`: the files of `folder` in .tar shards of 1000, with a .json each.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = watch(row for row, decision in curation.clips() if decision.kept)
+    known: set[str] = set()
+
+    def stay() -> Iterator[Row]:
+        for row, decision in curation.clips():
+            known.add(row["clip_id"])
+            if decision.kept:
+                yield row
+
+    rows = iter(watch(stay()))
     if form == "jsonl":
         return _list(rows, out / "metadata.jsonl")
-    if form == "folder":
-        return _files(rows, out)
-    return _shards(rows, out)
+    written = _files(rows, out) if form == "folder" else _shards(rows, out)
+    for path in {*out.glob("*.mp4"), *out.glob("*.tar")} - written.keys():
+        clips = set(_clips_in(path) if path.suffix == ".tar" else [path.stem])
+        if clips and clips <= known:
+            path.unlink()
+            path.with_suffix(".txt").unlink(missing_ok=True)
+    return sum(written.values())
 
 
 def _list(rows: Iterator[Row], path: Path) -> int:
-    lines = [json.dumps(described(row), ensure_ascii=False) for row in rows]
-    write_text(path, "".join(f"{line}\n" for line in lines))
-    return len(lines)
+    count = 0
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(described(row), ensure_ascii=False) + "\n")
+            count += 1
+    return count
 
 
 def described(row: Row) -> dict[str, Any]:
@@ -60,7 +77,7 @@ def described(row: Row) -> dict[str, Any]:
 def read_curation(folder: Path) -> list[Clip]:
     """The clips of a curation that stay, as the trainer's datasets have them, where they lie in their sources."""
     clips = []
-    for row, decision in Curation(folder, kept(folder)).clips():
+    for row, decision in Curation.read(folder).clips():
         if decision.kept:
             place = None if row["offset"] is None else (row["offset"], row["length"])
             caption = caption_of(row) or None
@@ -71,15 +88,17 @@ def read_curation(folder: Path) -> list[Clip]:
     return clips
 
 
-def _files(rows: Iterator[Row], out: Path) -> int:
-    count = 0
+def _files(rows: Iterator[Row], out: Path) -> dict[Path, int]:
+    """Writes files; how many clips each has."""
+    written = {}
     for row in rows:
         path = out / f"{row['clip_id']}.mp4"
         if not path.is_file():
-            cut(row, path)
+            # Before the clip, which says that both are there.
             path.with_suffix(".txt").write_text(caption_of(row), encoding="utf-8")
-        count += 1
-    return count
+            cut(row, path)
+        written[path] = 1
+    return written
 
 
 def cut(row: Row, path: Path) -> None:
@@ -96,23 +115,27 @@ def cut(row: Row, path: Path) -> None:
     write_frames(path, frames(), row["fps"])
 
 
-def _shards(rows: Iterator[Row], out: Path) -> int:
-    count, shard = 0, 0
-    group: list[Row] = []
-    for row in rows:
-        group.append(row)
-        count += 1
-        if len(group) == CLIPS:
-            _shard(group, out / f"{shard:06d}.tar")
-            group, shard = [], shard + 1
-    if group:
-        _shard(group, out / f"{shard:06d}.tar")
-    return count
+def _shards(rows: Iterator[Row], out: Path) -> dict[Path, int]:
+    """Writes shards; how many clips each has."""
+    written: dict[Path, int] = {}
+    while group := list(islice(rows, CLIPS)):
+        path = out / f"{len(written):06d}.tar"
+        if not path.is_file() or _clips_in(path) != [row["clip_id"] for row in group]:
+            _shard(group, path)
+        written[path] = len(group)
+    return written
+
+
+def _clips_in(path: Path) -> list[str]:
+    """The ids of the clips in a shard, none when it cannot be read."""
+    try:
+        with tarfile.open(path, "r:") as shard:
+            return [Path(name).stem for name in shard.getnames() if name.endswith(".mp4")]
+    except (tarfile.TarError, EOFError):
+        return []
 
 
 def _shard(rows: list[Row], path: Path) -> None:
-    if path.is_file():
-        return
     with (
         replacing(path) as temporary,
         tarfile.open(temporary, "w") as shard,

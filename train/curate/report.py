@@ -6,19 +6,26 @@ import base64
 import dataclasses
 import io
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from videofactory_core.atomic import write_text
 
-from .curation import Curation
-from .decide import Decision, Rules
+from .curation import Curation, rows_of
+from .decide import Decision, Rules, decide
 from .figures import Bars, Histogram, draw_bars, draw_histogram
 from .stage import Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Categories of figure 1: seconds, and words of a caption.
 SECONDS = (2, 5, 10, 20, 30)
@@ -27,6 +34,8 @@ WORDS = (6, 11, 16, 21)
 STRIP, THUMBNAIL = 8, 160
 # Bins of a score of which a strip is shown.
 STRIPS = 5
+# Different errors that the page lists, and clips that it names of each: a browser has trouble with very many.
+LISTED, NAMED = 1000, 3
 SCORES = {
     "o_avg": "average motion O_avg, pixels of 640",
     "o_md": "deviation of motion O_md, pixels of 640",
@@ -35,6 +44,8 @@ SCORES = {
     "text_edge": "share of text in the band along the edges",
     "aesthetic": "aesthetic score",
 }
+# What of the clips is needed here.
+COLUMNS = ("name", "start", "end", "caption", "caption_text", *SCORES)
 
 
 @dataclass(frozen=True)
@@ -62,46 +73,49 @@ class Numbers:
     errors: tuple[tuple[str, str], ...]
 
 
-def count(clips: Sequence[tuple[Row, Decision]], rules: Rules) -> Numbers:
-    """The numbers of a curation."""
-    named = rules.named()
-    names = list(named)
-    kept = [row for row, decision in clips if decision.kept]
-    removals = []
-    for place, name in enumerate(names):
-        breaking = [decision for _, decision in clips if name in decision.removed_by]
-        first = sum(not set(names[:place]) & set(decision.removed_by) for decision in breaking)
-        measured = sum(named[name](row) is not None for row, _ in clips)
-        removals.append(Removal(name, len(breaking), first, measured))
-    thresholds = {
-        "o_avg": (rules.o_avg,),
-        "o_md": (rules.o_md,),
-        "ratio": (rules.ratio,),
-        "text_edge": (rules.text_edge,),
-        "aesthetic": (rules.aesthetic,),
-    }
-    scores = {}
-    for name in SCORES:
-        values = [row[name] for row, _ in clips if row.get(name) is not None]
-        if values:
-            scores[name] = Histogram.of(values, thresholds.get(name, ()))
-    words = [len(text.split()) for row, _ in clips if (text := caption_of(row))]
+@dataclass(frozen=True)
+class Strip:
+    """Clips of one bin of a score, by their places in the table."""
+
+    score: str
+    title: str
+    places: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A clip that is shown; `picture` is an address, "" without any."""
+
+    row: Row
+    decision: Decision
+    picture: str
+
+
+def count(clips: pa.Table, rules: Rules) -> Numbers:
+    """The numbers of a curation, from its table with `COLUMNS`."""
+    gone, removals = np.zeros(len(clips), bool), []
+    for rule, passes in rules.passes(clips).items():
+        breaking = ~np.array(passes.fill_null(True))
+        in_order = int((breaking & ~gone).sum())
+        removals.append(Removal(rule, int(breaking.sum()), in_order, len(passes) - passes.null_count))
+        gone |= breaking
+    failed = clips["errors"].to_numpy() != ""
+    kept = ~gone & ~failed
+    seconds = clips["end"].to_numpy() - clips["start"].to_numpy()
+    captions = map(caption_of, rows_of(clips.select(["caption", "caption_text"])))
+    measured = {name: clips[name].drop_null().to_numpy() for name in SCORES}
+    thresholds = {name: (value,) for name, value in vars(rules).items()}
     return Numbers(
         len(clips),
-        len(kept),
-        sum(length(row) for row, _ in clips),
-        sum(length(row) for row in kept),
+        int(kept.sum()),
+        sum(seconds.tolist()),
+        sum(seconds[kept].tolist()),
         tuple(removals),
-        Bars.of([length(row) for row, _ in clips], SECONDS, "s"),
-        Bars.of(words, WORDS, "words"),
-        scores,
-        tuple((row["name"], error) for row, _ in clips for error in row["errors"]),
+        Bars.of(seconds, SECONDS, "s"),
+        Bars.of(np.array([len(caption.split()) for caption in captions if caption]), WORDS, "words"),
+        {name: Histogram.of(values, thresholds.get(name, ())) for name, values in measured.items() if len(values)},
+        tuple((row["name"], error) for row in rows_of(clips.filter(failed)) for error in row["errors"].splitlines()),
     )
-
-
-def length(row: Row) -> float:
-    """Seconds of a clip."""
-    return float(row["end"] - row["start"])
 
 
 def caption_of(row: Row) -> str:
@@ -111,18 +125,23 @@ def caption_of(row: Row) -> str:
 
 def write_report(curation: Curation) -> Path:
     """Write `report.json` and `report.html` into the curation's folder; returns the page's path."""
-    clips = list(curation.clips())
-    failed = list(curation.failed_sources())
-    numbers = count(clips, curation.config.decide)
-    strips = _strips(clips)
-    pictures = curation.pictures({row["clip_id"] for _, rows in strips for row in rows})
+    import pyarrow as pa
+
+    rules, clips = curation.config.decide, curation.table(COLUMNS)
+    numbers, failed = count(clips, rules), list(curation.failed_sources())
     data = {**dataclasses.asdict(numbers), "failed_sources": [list(item) for item in failed]}
     # Names of files may have what UTF-8 does not.
     write_text(curation.folder / "report.json", json.dumps(data, indent=2, ensure_ascii=False), "replace")
-    decisions = {row["clip_id"]: decision for row, decision in clips}
-    page = _page(numbers, strips, decisions, failed, {name: thumbnail(image) for name, image in pictures.items()})
+    strips = list(_strips(clips))
+    places = sorted({place for strip in strips for place in strip.places})
+    shown = clips.take(pa.array(places, pa.int64()))
+    pictures = curation.pictures(shown["clip_id"].to_pylist())
+    cells = {
+        place: Cell(row, decision, thumbnail(pictures[row["clip_id"]]) if row["clip_id"] in pictures else "")
+        for place, row, decision in zip(places, rows_of(shown), decide(shown, rules), strict=True)
+    }
     path = curation.folder / "report.html"
-    write_text(path, page, "replace")
+    write_text(path, _page(numbers, rules, strips, cells, failed), "replace")
     return path
 
 
@@ -137,88 +156,144 @@ def thumbnail(image: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _strips(clips: Sequence[tuple[Row, Decision]]) -> list[tuple[str, list[Row]]]:
-    """Clips to be shown: of each score its worst, its best and some between."""
-    strips = []
-    for name in SCORES:
-        rows = sorted((row for row, _ in clips if row.get(name) is not None), key=lambda row: row[name])
-        for part in range(STRIPS) if rows else ():
-            low, high = part * len(rows) // STRIPS, (part + 1) * len(rows) // STRIPS
-            chosen = rows[low:high]
-            chosen = chosen[:STRIP] if part == 0 else chosen[-STRIP:] if part == STRIPS - 1 else _spread(chosen)
-            if chosen:
-                title = f"{SCORES[name]}: {chosen[0][name]:.3g} to {chosen[-1][name]:.3g}"
-                strips.append(
-                    (title + (" (lowest)" if part == 0 else " (highest)" if part == STRIPS - 1 else ""), chosen)
-                )
-    return strips
-
-
-def _spread(rows: Sequence[Row]) -> list[Row]:
-    return [rows[i * len(rows) // STRIP] for i in range(STRIP)] if len(rows) > STRIP else list(rows)
+def _strips(clips: pa.Table) -> Iterator[Strip]:
+    """Clips to be shown: of each score its worst, its best and some between, from bins of as many clips each."""
+    for score in SCORES:
+        values = clips[score].to_numpy()
+        # What is no number comes last.
+        order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
+        bins = min(STRIPS, math.ceil(len(order) / STRIP))
+        for i in range(bins):
+            end, places = "", order[i * len(order) // bins : (i + 1) * len(order) // bins]
+            if bins > 1 and i == 0:
+                end, places = "lowest: ", places[:STRIP]
+            elif bins > 1 and i == bins - 1:
+                end, places = "highest: ", places[-STRIP:]
+            places = places[:: math.ceil(len(places) / STRIP)]
+            yield Strip(score, f"{end}{values[places[0]]:.3g} to {values[places[-1]]:.3g}", places.tolist())
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222; }
-h1, h2 { font-weight: 600; } table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: right; } th:first-child, td:first-child { text-align: left; }
-tr + tr { border-top: 1px solid #ddd; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1.5rem; }
-figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; }
-rect { fill: #3b6ea5; } text { font-size: 11px; fill: #444; }
-line { stroke: #c0392b; stroke-dasharray: 4 3; } text.mark { fill: #c0392b; }
-.strip { display: flex; gap: .4rem; overflow-x: auto; } .strip div { width: 160px; flex: none; font-size: 12px; }
-.strip img { width: 160px; display: block; } .removed { opacity: .55; }
+:root {
+  color-scheme: light dark;
+  --ground: #fff; --ink: #222; --faint: #666; --line: #ddd; --bar: #3b6ea5; --mark: #c0392b;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #17191c; --ink: #e6e6e6; --faint: #a5a8ad; --line: #3a3d42; --bar: #6ea3dc; --mark: #ff8577; }
+}
+body {
+  font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
+  color: var(--ink); background: var(--ground);
+}
+h1, h2, h3 { font-weight: 600; line-height: 1.25; } h2 { margin-top: 2.5rem; } h3 { font-size: 1rem; }
+h4 { font-size: .85rem; font-weight: 400; color: var(--faint); margin: .75rem 0 .25rem; }
+.box { overflow: auto; margin: 1rem 0; } .box:has(.errors) { max-height: 36rem; }
+table { border-collapse: collapse; } tr + tr { border-top: 1px solid var(--line); }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; }
+.rules td { white-space: pre-line; font-variant-numeric: tabular-nums; color: var(--faint); }
+.rules td::first-line { color: var(--ink); } .rules :is(th, td) + * { text-align: right; }
+.rules td + td { white-space: pre; }
+.errors { table-layout: fixed; width: 100%; } .errors th:nth-child(2) { width: 4rem; }
+.errors td { white-space: pre-line; overflow-wrap: anywhere; font-size: .85rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem 2.5rem; }
+figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .4rem; }
+svg { display: block; width: 100%; } svg rect { fill: var(--bar); } svg line { stroke: var(--line); }
+svg text { font-size: 11.5px; fill: var(--faint); } svg text.threshold { fill: var(--mark); font-weight: 600; }
+svg line.threshold { stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 4 3; }
+.strip { display: flex; gap: .6rem; overflow-x: auto; padding-bottom: .5rem; }
+.clip { width: 160px; flex: none; font-size: 12px; line-height: 1.35; overflow-wrap: anywhere; }
+.clip :is(img, i) { display: block; width: 160px; height: 90px; object-fit: contain; background: var(--line); }
+.clip i { line-height: 90px; text-align: center; color: var(--faint); }
+.clip small { display: block; color: var(--faint); } .removed b { color: var(--mark); } .removed img { opacity: .5; }
+.clip span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden; }
 """
+# Whatever stands in names, the page fetches and runs nothing.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def _page(
     numbers: Numbers,
-    strips: Sequence[tuple[str, Sequence[Row]]],
-    decisions: Mapping[str, Decision],
+    rules: Rules,
+    strips: Sequence[Strip],
+    cells: Mapping[int, Cell],
     failed: Sequence[tuple[str, str]],
-    pictures: Mapping[str, str],
 ) -> str:
-    share = numbers.kept / numbers.clips if numbers.clips else 0.0
-    parts = [
-        f"<h1>{numbers.kept} of {numbers.clips} clips kept ({share:.0%})</h1>",
-        f"<p>{numbers.seconds_kept:.0f} of {numbers.seconds:.0f} seconds.</p>",
-        "<h2>What the rules removed</h2>",
-        _table(
-            ("rule", "clips that break it", "share", "removed in this order", "measured"),
-            [
-                (r.rule, r.alone, f"{r.alone / max(1, r.measured):.1%}", r.in_order, f"{r.measured} of {numbers.clips}")
-                for r in numbers.removals
-            ],
-        ),
-        '<h2>Distributions</h2><div class="figures">',
-        draw_bars("duration of the clips", numbers.durations),
-        draw_bars("length of the captions", numbers.captions) if any(numbers.captions.counts) else "",
-        *(draw_histogram(SCORES[name], histogram) for name, histogram in numbers.scores.items()),
-        "</div><h2>Clips by score</h2>",
-    ]
-    for title, rows in strips:
-        cells = "".join(_cell(row, decisions[row["clip_id"]], pictures.get(row["clip_id"], "")) for row in rows)
-        parts.append(f'<h3>{escape(title)}</h3><div class="strip">{cells}</div>')
-    errors = [*failed, *numbers.errors]
-    parts.append(f"<h2>Errors ({len(errors)})</h2>")
-    counts = Counter(error.partition(":")[0] for _, error in errors)
-    parts.append(_table(("what", "how often"), counts.most_common()) if counts else "<p>None.</p>")
-    parts.append(_table(("clip or source", "error"), errors) if errors else "")
+    parts = [f"<h1>{numbers.kept:,} of {numbers.clips:,} clips kept</h1>"]
+    if numbers.clips:
+        unit, length = ("hours", 3600) if numbers.seconds > 7200 else ("seconds", 1)
+        parts.append(f"<p>{numbers.seconds_kept / length:,.1f} of {numbers.seconds / length:,.1f} {unit}.</p>")
+        parts += ["<h2>What the rules removed</h2>", _removals(numbers, rules), "<h2>Distributions</h2>"]
+        parts.append("<p>The last bar of a score also holds what lies beyond.</p>")
+        parts.append('<div class="figures">' + draw_bars("duration of the clips", numbers.durations))
+        if any(numbers.captions.counts):
+            parts.append(draw_bars("length of the captions", numbers.captions))
+        parts += [draw_histogram(SCORES[score], histogram) for score, histogram in numbers.scores.items()]
+        parts.append("</div>")
+    if strips:
+        parts.append("<h2>Clips by score</h2>")
+    for score, group in groupby(strips, lambda strip: strip.score):
+        parts.append(f"<h3>{escape(SCORES[score])}</h3>")
+        for strip in group:
+            clips = "".join(_clip(cells[place], score) for place in strip.places)
+            parts.append(f'<h4>{escape(strip.title)}</h4><div class="strip" tabindex="0">{clips}</div>')
+    errors = [*((name, f"scenes: {error}") for name, error in failed), *numbers.errors]
+    parts += [f"<h2>Errors ({len(errors):,})</h2>", _errors(errors) if errors else "<p>None.</p>"]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Curation</title>'
-        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style><body>'
+        f"{''.join(parts)}</body></html>\n"
     )
 
 
-def _cell(row: Row, decision: Decision, picture: str) -> str:
-    kind = "" if decision.kept else ' class="removed"'
-    why = "kept" if decision.kept else ", ".join(decision.removed_by) or "error"
-    image = f'<img src="{picture}" alt="">' if picture else ""
-    return f"<div{kind}>{image}{escape(row['name'])}<br>{escape(why)}<br>{escape(caption_of(row))}</div>"
+def _removals(numbers: Numbers, rules: Rules) -> str:
+    """The rules in their order, and how many clips are left after each."""
+    words, left = rules.told(), numbers.clips
+    rows = [("all clips", "", "", "", f"{left:,}")]
+    for removal in numbers.removals:
+        left -= removal.in_order
+        alone, measured = removal.alone, removal.measured
+        share = f"{alone / measured:.1%}\nof {measured:,}" if measured else "not measured"
+        rule = f"{removal.rule}\n{words[removal.rule]}"
+        rows.append((rule, f"{alone:,}", share, f"{removal.in_order:,}", f"{left:,}"))
+    if left > numbers.kept:
+        rows.append(("errors\nno stage fails", "", "", f"{left - numbers.kept:,}", f"{numbers.kept:,}"))
+    head = ("rule", "break it", "share", "removed in order", "left")
+    return _table("rules", head, rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = ("".join(f"<td>{escape(str(value))}</td>" for value in row) for row in rows)
-    return f"<table><tr>{cells}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+def _clip(cell: Cell, score: str) -> str:
+    decision = cell.decision
+    reasons = [f"removed: {', '.join(decision.removed_by)}"] if decision.removed_by else []
+    reasons += [f"{error.partition(':')[0]} failed" for error in decision.errors]
+    picture = f'<img src="{cell.picture}" alt="">' if cell.picture else "<i>no picture</i>"
+    caption = escape(caption_of(cell.row))
+    return (
+        f'<div class="clip{"" if decision.kept else " removed"}">{picture}'
+        f"{cell.row[score]:.3g} <b>{escape(', '.join(reasons) or 'kept')}</b>"
+        f'<small>{escape(cell.row["name"])}</small><span title="{caption}">{caption}</span></div>'
+    )
+
+
+def _errors(errors: Sequence[tuple[str, str]]) -> str:
+    """How often each stage failed; then how, the most frequent first, and where."""
+    stages = Counter(error.partition(":")[0] for _, error in errors)
+    names: dict[str, list[str]] = {}
+    for name, error in errors:
+        names.setdefault(error, []).append(name)
+    alike = sorted(names.items(), key=lambda item: -len(item[1]))
+    rows = [(error, f"{len(found):,}", _some(found)) for error, found in alike[:LISTED]]
+    told = ", ".join(f"{stage} {number:,}" for stage, number in stages.most_common())
+    left_out = f" The {LISTED:,} most frequent follow; report.json has all." if len(alike) > LISTED else ""
+    return f"<p>{escape(told)}.{left_out}</p>{_table('errors', ('error', 'number', 'clip or source'), rows)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - NAMED:,} more"] if len(names) > NAMED else []
+    return "\n".join([*names[:NAMED], *more])
+
+
+def _table(kind: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="box" tabindex="0"><table class="{kind}"><tr>{names}</tr>{lines}</table></div>'
