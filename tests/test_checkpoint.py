@@ -646,6 +646,15 @@ def test_a_malicious_pickle_is_named_and_not_run(tmp_path: Path, kind: str) -> N
     assert not trace.exists()
 
 
+def test_a_program_in_torchscript_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"model/{name}", b"")
+    with pytest.raises(CheckpointError, match="a program in TorchScript, not weights"):
+        checkpoint.open_pickle(path, "cpu")
+
+
 def test_a_pickle_of_tensors_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mm.ckpt"
     key = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "latent_preview", "spandrel"}
+HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "latent_preview", "server", "spandrel"}
 LIBRARIES = {
-    "videofactory_core": {"torch", "einops", "safetensors", "numpy", "av", "tokenizers"},
+    "videofactory_core": {"torch", "einops", "safetensors", "numpy", "av", "tokenizers", "transformers"},
     "nodes": {"torch", "einops", "videofactory_core", *HOST},
     "train": {
         "torch",
@@ -36,6 +36,7 @@ LIBRARIES = {
         "scenedetect",
         "torchvision",
         "bitsandbytes",
+        "torch_fidelity",
         "deepspeed",
         "videofactory_core",
         "videofactory_train",

@@ -8,7 +8,6 @@ else, so every file is hashed here before it gets its name.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import re
 import sys
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from videofactory_core.config import from_dict
+
+from .data.content import checksum
 
 # How often a transfer is taken up before the next source is asked.
 ATTEMPTS = 3
@@ -161,15 +162,6 @@ def _download(repository: str, inside: str, commit: str | None, folder: str, end
 def _is_of_the_disk(error: Exception) -> bool:
     """Whether this machine is at fault and no source: only then an error has a number of the operating system."""
     return isinstance(error, OSError) and error.errno is not None
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -21,11 +21,11 @@ from videofactory_core.unet.model import VideoUNet
 
 from .data.batches import Batch, Group, RawBatch, by_bucket, loader
 from .data.cache import Cache, Filled, encode_frames
+from .data.content import checksum
 from .data.moving_shapes import MovingShapes
 from .data.samples import DatasetConfig, Sample, hold_out, samples_of
 from .data.sources import read_dataset
 from .denoiser import Answers, Denoiser, LatentBatches, Latents, choose_layers, encode_clips, frames_in, store_weights
-from .fetch import checksum
 from .loop import Event, Schedule
 from .previews import Previews
 from .recipe import AdapterRecipe, FinetuneRecipe, TuningRecipe, TuningStage, describe

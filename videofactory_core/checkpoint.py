@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -583,6 +584,11 @@ def open_pickle(path: Path, device: str) -> dict[str, Tensor]:
     """
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
+    # Which PyTorch before 2.6 would hand to `torch.jit.load`, and that runs it.
+    if zipped and _is_program(path):
+        raise CheckpointError(
+            f"{path} is a program in TorchScript, not weights; get the state dict or a .safetensors file"
+        )
     # The restricted reader could be tricked with the older format before 2.6.
     if not zipped and torch.__version__ < "2.6":  # compared as versions
         raise CheckpointError(
@@ -601,6 +607,14 @@ def open_pickle(path: Path, device: str) -> dict[str, Tensor]:
         key=len,
         default={},
     )
+
+
+def _is_program(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _parts(header: Header) -> tuple[Part, ...]:

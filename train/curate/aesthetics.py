@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .pretrained import lacking, load, load_model, pick_device, read_pictures
+from videofactory_core.pretrained import lacking, load, load_model, pick_device
+
+from .keyframe import read_pictures
 from .stage import Row, Stage, Work
 
 if TYPE_CHECKING:

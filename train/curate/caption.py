@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import http.client
-import json
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .pretrained import lacking, load, load_model, pick_device, read_pictures
+from videofactory_core.language import KEY, LocalModel, Server, is_address, line, no_thoughts, pad_in_front
+from videofactory_core.pretrained import lacking, load, load_model, pick_device
+
+from .keyframe import read_pictures
 from .stage import Row, Stage, Work
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Where a server's key is looked for.
-KEY = "OPENAI_API_KEY"
 # How often it is asked, and seconds: until it is asked again, times the attempt, and that it may keep silent.
 ATTEMPTS, PAUSE, PATIENCE = 3, 2.0, 120.0
-# A server that has no time or is asked too often says so with these.
-BUSY = (408, 429)
-# Bytes of an answer, and characters of what an error says, that are read.
-LONGEST_ANSWER, LONGEST_REASON = 1 << 20, 200
 QUESTION = "Describe this frame of a video in one sentence of at most 60 words. Say what is seen and what happens."
 REWRITE = "Rewrite this caption of a video as one clear sentence of at most 60 words. Answer with the sentence alone."
 
@@ -67,7 +57,7 @@ class Caption(Stage):
     def __post_init__(self) -> None:
         if self.model and self.endpoint:
             raise ValueError("endpoint: a model is named too; leave one of the two out")
-        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+        if self.endpoint and not is_address(self.endpoint):
             raise ValueError(f"endpoint: {self.endpoint!r} is no address; write http://localhost:8000/v1")
         if self.rewrite == "endpoint" and not self.endpoint:
             raise ValueError("rewrite: it is to be done by an endpoint, and none is named; add one, or name a folder")
@@ -126,7 +116,7 @@ class Caption(Stage):
                 model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
         else:
             prompt, most = self._prompt(processor), 2 * self.max_new_tokens
-            _pad_in_front(processor.tokenizer)
+            pad_in_front(processor.tokenizer)
         begin = processor.tokenizer.bos_token
         # A prompt may have its first token already.
         more = {"add_special_tokens": False} if begin and prompt.startswith(begin) else {}
@@ -144,7 +134,7 @@ class Caption(Stage):
             )
             if prompt:
                 ids = ids[:, given["input_ids"].shape[1] :]
-            return [_line(text) for text in processor.batch_decode(ids, skip_special_tokens=True)]
+            return [line(text) for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
         return look
 
@@ -154,7 +144,7 @@ class Caption(Stage):
         try:
             return str(
                 processor.apply_chat_template(
-                    [message], add_generation_prompt=True, **_no_thoughts(processor.chat_template)
+                    [message], add_generation_prompt=True, **no_thoughts(processor.chat_template)
                 )
             )
         except Exception as error:  # templates are programs
@@ -163,35 +153,11 @@ class Caption(Stage):
             ) from error
 
     def _local_say(self) -> Say:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model = LocalModel("caption.rewrite", self.rewrite, pick_device(self.device))
 
-        device = pick_device(self.device)
-        tokenizer: Any = load("caption.rewrite", AutoTokenizer, self.rewrite)
-        model = load_model("caption.rewrite", AutoModelForCausalLM, self.rewrite, device)
-        _pad_in_front(tokenizer)
-        template = tokenizer.chat_template
-
-        def prompt(text: str) -> str:
-            message = {"role": "user", "content": f"{self.rewrite_question}\n{text}"}
-            if not template:
-                return f"{message['content']}\n"
-            return str(
-                tokenizer.apply_chat_template(
-                    [message], add_generation_prompt=True, tokenize=False, **_no_thoughts(template)
-                )
-            )
-
-        @torch.inference_mode()
         def say(texts: Sequence[str]) -> list[str]:
-            prompts = [prompt(text) for text in texts]
-            given = tokenizer(prompts, add_special_tokens=not template, padding=True, return_tensors="pt").to(device)
-            ids, seen = given["input_ids"], given["attention_mask"]
-            made = model.generate(
-                ids, attention_mask=seen, max_new_tokens=2 * self.max_new_tokens, num_beams=1, do_sample=False
-            )
-            made = made[:, ids.shape[1] :]
-            return [_line(text) for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+            messages = [f"{self.rewrite_question}\n{text}" for text in texts]
+            return [line(text) for text in model.ask(messages, 2 * self.max_new_tokens)]
 
         return say
 
@@ -204,70 +170,19 @@ class Caption(Stage):
         return lambda texts: [ask(b"", text) for text in texts]
 
     def _server(self, question: str) -> Callable[[bytes, str], str]:
-        # A batch in which one fails is asked for again, row by row.
-        return lru_cache(maxsize=2 * self.rows_per_part)(partial(self._answer, question))
-
-    def _answer(self, question: str, image: bytes, text: str) -> str:
-        """What the server says of a picture, or of a text.
-
-        OSError when it does not answer, ValueError when it refuses or its answer is none.
-        """
-        content: list[dict[str, Any]] = [{"type": "text", "text": f"{question}\n{text}".strip()}]
-        if image:
-            address = "data:image/jpeg;base64," + base64.b64encode(image).decode()
-            content.append({"type": "image_url", "image_url": {"url": address}})
-        body = {
-            "model": self.endpoint_model,
-            "max_tokens": 2 * self.max_new_tokens,
-            "temperature": 0,
-            "messages": [{"role": "user", "content": content}],
-        }
-        request = urllib.request.Request(
-            f"{self.endpoint.rstrip('/')}/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+        server = Server(
+            self.endpoint,
+            self.endpoint_model,
+            os.environ.get(KEY, ""),
+            ATTEMPTS,
+            PAUSE,
+            PATIENCE,
+            setting="endpoint_model",
         )
-        if os.environ.get(KEY):
-            # Not for a server that this one names instead of itself.
-            request.add_unredirected_header("Authorization", f"Bearer {os.environ[KEY]}")
-        reason = ""
-        for attempt in range(ATTEMPTS):
-            time.sleep(PAUSE * attempt)
-            try:
-                with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                    return _content(answer.read(LONGEST_ANSWER))
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}"
-                with error, suppress(OSError, http.client.HTTPException):
-                    reason += f": {_line(error.read(LONGEST_REASON).decode(errors='replace'))}"
-                if error.code < 500 and error.code not in BUSY:
-                    raise ValueError(f"{self.endpoint} refuses ({reason}): check endpoint_model and {KEY}") from error
-            except (OSError, http.client.HTTPException) as error:
-                reason = str(error) or type(error).__name__
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(f"{self.endpoint} gave an answer that is no chat completion ({error})") from error
-        raise OSError(f"{self.endpoint} does not answer ({reason}): check that it runs")
 
+        # A batch in which one fails is asked for again, row by row.
+        @lru_cache(maxsize=2 * self.rows_per_part)
+        def ask(image: bytes, text: str) -> str:
+            return line(server.ask(f"{question}\n{text}".strip(), 2 * self.max_new_tokens, image))
 
-def _content(answer: bytes) -> str:
-    """The text in a chat completion; ValueError, LookupError or TypeError for anything else."""
-    text = json.loads(answer)["choices"][0]["message"]["content"]
-    if not isinstance(text, str):
-        raise TypeError(f"its content is {text!r:.60}")
-    return _line(text)
-
-
-def _pad_in_front(tokenizer: Any) -> None:
-    """Let prompts of a batch end together, where the answers begin."""
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-
-def _no_thoughts(template: Any) -> dict[str, bool]:
-    """Keeps models that can from thinking aloud, which would be taken for the caption."""
-    return {"enable_thinking": False} if "enable_thinking" in str(template) else {}
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split()).strip("\"' ")
+        return ask

@@ -51,3 +51,8 @@ def _keyframe(row: Row) -> Row:
     file = io.BytesIO()
     Image.fromarray(read_frames(content(row), [time], size)[0].numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
     return {"time": time, "image": file.getvalue(), "caption": row.get("caption")}
+
+
+def read_pictures(images: Sequence[bytes]) -> list[Image.Image]:
+    """Key frames as Pillow's pictures."""
+    return [Image.open(io.BytesIO(image), formats=["JPEG"]).convert("RGB") for image in images]

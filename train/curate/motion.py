@@ -119,7 +119,7 @@ class Motion(Stage):
 
     def _estimator(self) -> Estimator:
         if self.estimator == "dis":
-            return _dis()
+            return dis()
         if self.estimator in RAFT_FILES:
             return _raft(self.estimator, self.weights)
         module, _, name = self.estimator.partition(":")
@@ -198,7 +198,7 @@ def affine_residuals(flows: Array) -> Array:
 # Estimators
 
 
-def _dis() -> Estimator:
+def dis() -> Estimator:
     """Dense inverse search (Kroeger et al., 2016), on grey pictures."""
     import cv2
 

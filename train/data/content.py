@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,3 +38,12 @@ def digest_pieces(digest: Any, path: str | Path, place: Place | None = None) -> 
         for start in (0, (length - PIECE) // 2, length - PIECE):
             digest.update(read_place(file, (offset + max(0, start), min(PIECE, length))))
     return length
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,8 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = ("*.safetensors", "*.bin")
+# The first version of transformers that calls a type `dtype`.
+LEAST_VERSION = (4, 56)
 
 
 def lacking(folder: str) -> str:
@@ -39,10 +39,15 @@ def load(setting: str, kind: Any, folder: str, **options: Any) -> Any:
 def load_model(setting: str, kind: Any, folder: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """The model, for use alone, in `dtype`; None is float32 on a CPU, else the half type that it is made for.
 
-    ValueError as `load`, and when the folder lacks some of its weights, as another model's does.
+    ValueError as `load`, when the folder lacks some of its weights, as another model's does, and with a transformers
+    that is too old.
     """
+    from transformers import __version__
     from transformers.utils import logging
 
+    if tuple(int(part) for part in __version__.split(".")[:2]) < LEAST_VERSION:
+        least = ".".join(map(str, LEAST_VERSION))
+        raise ValueError(f"{setting}: transformers is {__version__} and must be {least} or newer: update it")
     # The bar is the command's.
     logging.disable_progress_bar()
     if dtype is None:
@@ -56,6 +61,13 @@ def load_model(setting: str, kind: Any, folder: str, device: torch.device, dtype
     return model.to(device).eval().requires_grad_(False)
 
 
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, or the best there is for "auto"."""
+    import torch
+
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def _dtype(setting: str, folder: str, device: torch.device) -> torch.dtype:
     import torch
     from transformers import AutoConfig
@@ -65,17 +77,3 @@ def _dtype(setting: str, folder: str, device: torch.device) -> torch.dtype:
     # What was trained in bfloat16 may overflow in float16.
     config = load(setting, AutoConfig, folder)
     return torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float16
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, or the best there is for "auto"."""
-    import torch
-
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def read_pictures(images: Sequence[bytes]) -> list[Any]:
-    """Key frames as Pillow's pictures."""
-    from PIL import Image
-
-    return [Image.open(io.BytesIO(image), formats=["JPEG"]).convert("RGB") for image in images]
