@@ -18,6 +18,8 @@ BENCHMARKS = {
     "convert": ("convert", "report"),
     "upscale": ("upscale", "speed"),
     "upscale-quality": ("upscale", "quality"),
+    "curate": ("curate", "report"),
+    "fvd": ("fvd", "report"),
 }
 
 if len(sys.argv) != 2 or sys.argv[1] not in BENCHMARKS:

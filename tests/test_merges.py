@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from videofactory_train.evaluate.ablation import Comparison, begin, compare, read_outcome
+from videofactory_train.evaluate.bench import Budget, Place, prepare
 from videofactory_train.loop import Schedule
 from videofactory_train.recipe import AutoencoderStage, DenoiserStage, ModelRecipe
 
-from benchmarks.merges import MERGES, Budget, Place, begin, compare, prepare, table
+from benchmarks.merges import MERGES, table
+from videofactory_core import checkpoint
 from videofactory_core.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FEW = Schedule(steps=2, batch_size=2, learning_rate=1e-3)
 BUDGET = Budget(
-    schedule=Schedule(steps=6, batch_size=2, learning_rate=1e-2, warmup_steps=1, save_every=2),
+    Schedule(steps=6, batch_size=2, learning_rate=1e-2, warmup_steps=1, save_every=2),
+    Objective(timestep_shift=4.0),
     clips=3,
     quantiles=2,
     samples=1,
@@ -32,9 +34,9 @@ COMMAND = """
 import sys
 sys.path.insert(0, "tests")
 from pathlib import Path
-from test_merges import BUDGET, compare, recipe
+from test_merges import BUDGET, MERGES, compare, recipe
 if __name__ == "__main__":
-    compare(recipe(Path(sys.argv[1])), Path(sys.argv[1]) / "merges", BUDGET, (0,), 2)
+    compare(recipe(Path(sys.argv[1])), Path(sys.argv[1]) / "merges", MERGES, (0,), BUDGET, 2)
 """
 
 
@@ -50,23 +52,25 @@ def recipe(folder: Path) -> ModelRecipe:
         stages=(DenoiserStage(kind="addition", schedule=FEW), DenoiserStage(kind="swap", schedule=FEW)),
         precision="no",
         workers=0,
+        device="cpu",
     )
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """A comparison that nothing interrupted: its folder and its results."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    """A comparison that nothing interrupted, and its recipe's folder."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, compare(recipe(folder), folder / "merges", BUDGET, (0,), 1)
+    return folder, compare(recipe(folder), folder / "merges", MERGES, (0,), BUDGET, 1)
 
 
 def test_every_run_starts_from_the_same_output(tmp_path: Path) -> None:
     place = Place(tmp_path / "merges")
     prepare(recipe(tmp_path), place, BUDGET)
+    start = checkpoint.load(place.start)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 4, 4, 8, generator=generator)
     context = torch.randn(2, 77, 16, generator=generator)
-    models = {name: begin(place, name, 0) for name in MERGES}
+    models = {name: begin(start, name, 0) for name in MERGES}
     with torch.no_grad():
         outputs = [model.unet(x, torch.tensor([100, 900]), context) for model in models.values()]
     assert outputs[0].std() > 0.01
@@ -82,44 +86,45 @@ def test_every_run_starts_from_the_same_output(tmp_path: Path) -> None:
     key = "input_blocks.1.1.merge.to_q.weight"
     fresh = models["swapped"].unet.state_dict()[key]
     assert torch.equal(fresh, models["spatial queries"].unet.state_dict()[key])
-    assert not torch.equal(fresh, begin(place, "swapped", 1).unet.state_dict()[key])
+    assert not torch.equal(fresh, begin(start, "swapped", 1).unet.state_dict()[key])
 
 
-def test_runs_see_the_same_but_learn_differently(whole: tuple[Path, dict[str, list[dict[str, Any]]]]) -> None:
-    results = {name: found[0] for name, found in whole[1].items()}
-    assert list(results) == list(MERGES)
-    first = results["none"]
-    for result in results.values():
-        assert result["before"] == pytest.approx(first["before"], rel=1e-4)
+def test_runs_see_the_same_but_learn_differently(whole: tuple[Path, Comparison]) -> None:
+    outcomes = {name: found[0] for name, found in whole[1].outcomes.items()}
+    assert tuple(outcomes) == MERGES
+    first = outcomes["none"]
+    for outcome in outcomes.values():
+        assert outcome.before == pytest.approx(first.before, rel=1e-4)
         # The first loss is that of the same batch with the same noise and the same output.
-        assert result["losses"][0] == pytest.approx(first["losses"][0], rel=1e-4)
-        assert len(result["losses"]) == BUDGET.schedule.steps
-        assert result["after"] != pytest.approx(result["before"], rel=1e-4)
-    assert len({tuple(result["after"]) for result in results.values()}) == len(MERGES)
+        assert outcome.losses[0] == pytest.approx(first.losses[0], rel=1e-4)
+        assert len(outcome.losses) == BUDGET.schedule.steps
+        assert outcome.after != pytest.approx(outcome.before, rel=1e-4)
+    assert len({outcome.after for outcome in outcomes.values()}) == len(MERGES)
+    assert not whole[1].missing
 
 
-def test_finished_runs_stay_and_others_repeat(whole: tuple[Path, dict[str, list[dict[str, Any]]]]) -> None:
-    folder, results = whole
+def test_finished_runs_stay_and_others_repeat(whole: tuple[Path, Comparison]) -> None:
+    folder, found = whole
     files = sorted((folder / "merges").glob("*.json"))
     assert len(files) == len(MERGES)
     again, kept = files[0], files[1]
     again.unlink()
     times = kept.stat().st_mtime_ns
-    assert compare(recipe(folder), folder / "merges", BUDGET, (0,), 1) == results
+    assert compare(recipe(folder), folder / "merges", MERGES, (0,), BUDGET, 1) == found
     assert kept.stat().st_mtime_ns == times
-    # A result of another budget does not count.
+    # A result of another budget does not count, and is not lost either.
     longer = replace(BUDGET, objective=Objective(timestep_shift=2.0))
-    assert Place(folder / "merges").read("none", 0, longer) is None
+    with pytest.raises(ValueError, match=r"objective\.timestep_shift \(4\.0, not 2\.0\)"):
+        read_outcome(Place(folder / "merges"), "none", 0, longer)
+    assert kept.stat().st_mtime_ns == times
 
 
-def test_a_killed_command_goes_on_with_the_same_numbers(
-    tmp_path: Path, whole: tuple[Path, dict[str, list[dict[str, Any]]]]
-) -> None:
+def test_a_killed_command_goes_on_with_the_same_numbers(tmp_path: Path, whole: tuple[Path, Comparison]) -> None:
     folder = tmp_path / "merges"
     command = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path)], stderr=subprocess.PIPE)
     until = time.monotonic() + 120
     # Until one run is done and another is under way.
-    while not (any(folder.glob("*.json")) and any(folder.glob("states/*-step*"))):
+    while not (any(folder.glob("*.json")) and any(folder.glob("work/*/states/*-step*"))):
         assert command.poll() is None, command.stderr and command.stderr.read().decode()
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -127,19 +132,23 @@ def test_a_killed_command_goes_on_with_the_same_numbers(
     command.communicate()
     done = {path.name: path.read_bytes() for path in folder.glob("*.json")}
     assert len(done) < len(MERGES)
-    assert compare(recipe(tmp_path), folder, BUDGET, (0,), 1) == whole[1]
+    there = compare(recipe(tmp_path), folder, MERGES, (0,), BUDGET, 1, train=False)
+    assert {f"{name.replace(' ', '-')}-{seed}.json" for name, seed in there.missing} | done.keys() == {
+        path.name for path in (whole[0] / "merges").glob("*.json")
+    }
+    assert compare(recipe(tmp_path), folder, MERGES, (0,), BUDGET, 1).outcomes == whole[1].outcomes
     assert all((folder / name).read_bytes() == content for name, content in done.items())
-    assert not any(folder.glob("states/*-step*"))
+    assert not any(folder.glob("work/*/states/*-step*"))
 
 
-def test_table_says_means_spreads_and_every_seed(whole: tuple[Path, dict[str, list[dict[str, Any]]]]) -> None:
-    template = json.loads(json.dumps(whole[1]["none"][0]))
-    results = {
+def test_table_says_means_spreads_and_every_seed(whole: tuple[Path, Comparison]) -> None:
+    template = whole[1].outcomes["none"][0]
+    outcomes = {
         "none": [
-            template | {"seed": seed, "after": after, "scores": dict.fromkeys(template["scores"], score)}
-            for seed, after, score in ((0, [0.1, 0.3], 0.5), (1, [0.2, 0.6], 1.0))
+            replace(template, seed=seed, after=after, scores=dict.fromkeys(template.scores, score))
+            for seed, after, score in ((0, (0.1, 0.3), 0.5), (1, (0.2, 0.6), 1.0))
         ]
     }
-    text = table(results, BUDGET)
+    text = table(outcomes, BUDGET)
     assert "| none | 0.30000 | 0.14142 | 0.20000 | 0.40000 | 0.15000 | 0.45000 |" in text
     assert "| none | 75% (50%, 100%) |" in text

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import commands
+from .arguments import add_device, add_sampling, lora, size
+from .evaluate import command as evaluate
 
 EPILOG = """\
 examples:
@@ -20,6 +21,7 @@ examples:
   videofactory data check clips --sheet clips.jpg
   videofactory curate videos --out curated
   videofactory train train/recipes/lora-12gb.toml --set datasets.path=curated --dry-run
+  videofactory evaluate score clips --real videos --weights fvd-i3d=i3d_pretrained_400.pt
   videofactory fetch animatediff-v3
   videofactory convert --base sd15.safetensors --motion v3_sd15_mm.ckpt --out clip15.safetensors
 """
@@ -63,37 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate = kinds.add_parser("generate", help="make a video from a prompt", description="Make a video.")
     generate.add_argument("prompt", help="what the video shows, in quotes")
     generate.add_argument("--out", type=Path, help="file to write: .mp4, .webm or .gif (default: named by the prompt)")
-    generate.add_argument("--checkpoint", type=Path, help="model to use (default: the demo model of this package)")
-    generate.add_argument("--frames", type=int, help="length in frames (default: as trained)")
-    generate.add_argument("--size", type=size, metavar="WxH", help="width x height in pixels (default: as trained)")
-    generate.add_argument("--fps", type=float, help="frames a second of the file (default: as trained)")
-    generate.add_argument("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
-    generate.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=2.0,
-        metavar="G",
-        help="how closely to follow the prompt; 1 is no guidance (default: %(default)s)",
-    )
-    generate.add_argument(
-        "--sampler",
-        default="ddim",
-        metavar="NAME",
-        help="ddim, euler, euler_ancestral, dpmpp_2m or unipc (default: %(default)s)",
-    )
     generate.add_argument("--seed", type=int, default=0, help="number of the noise to start from (default: 0)")
-    generate.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    _add_device(generate)
+    add_sampling(generate)
+    add_device(generate)
     generate.add_argument(
         "--batch", type=int, default=1, metavar="N", help="clips to make, with seeds counting up (default: 1)"
-    )
-    generate.add_argument(
-        "--lora",
-        type=lora,
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="LoRA to merge into the model first; may be repeated (default strength: 1)",
     )
     generate.add_argument("--upscale", action="store_true", help="make the frames four times as wide and high")
     generate.add_argument(
@@ -117,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="work in squares of so many pixels a side (default: whole frames, and tiles when memory asks)",
     )
     upscale.add_argument("--batch", type=int, default=1, metavar="N", help="frames at once on a GPU (default: 1)")
-    _add_device(upscale)
+    add_device(upscale)
     upscale.add_argument(
         "--compile", action="store_true", help="let PyTorch compile the network first, which pays for long videos"
     )
@@ -244,6 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", type=Path, metavar="DIR", help="folder to write (default: DIR/export)")
     export.set_defaults(run=commands.run_curate_export)
 
+    evaluate.add(kinds)
+
     data = kinds.add_parser("data", help="look at what would be trained on", description="Look at training data.")
     looks = data.add_subparsers(required=True, metavar="COMMAND")
     check = looks.add_parser(
@@ -265,22 +243,3 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=commands.run_data_check)
     return parser
-
-
-def _add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type to compute in")
-
-
-def size(text: str) -> tuple[int, int]:
-    """`WxH` as two numbers."""
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"write the size as WIDTHxHEIGHT, for example 128x72, not {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def lora(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:STRENGTH`."""
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
-    return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)

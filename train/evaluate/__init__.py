@@ -1,0 +1,1 @@
+"""How good generated videos are: metrics with what they depend on, and reports that can be compared."""
