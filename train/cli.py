@@ -199,6 +199,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     curate.add_argument("--runner", choices=["local", "ray"], default="local", help="(default: %(default)s)")
     curate.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    curate.add_argument(
+        "--gpus",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="with ray: GPUs of each process, such as 1 or 0.5 (default: 0)",
+    )
     curate.add_argument("--retry", action="store_true", help="do again what failed, such as while a server was down")
     curate.set_defaults(run=commands.run_curate, after_interrupt="; run the same command again to go on")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -265,6 +266,8 @@ def run_curate(options: argparse.Namespace) -> None:
 
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"{options.workers} processes do nothing; use 1 or more")
+    if not 0 <= options.gpus < math.inf:
+        raise ValueError(f"{options.gpus} GPUs cannot be had; use 0 or more")
     processes = options.workers or os.cpu_count() or 1
     config = read_config(options.config)
     names = [name.strip() for name in options.stages.split(",") if name.strip()]
@@ -282,7 +285,7 @@ def run_curate(options: argparse.Namespace) -> None:
     if options.retry:
         curation.forget_failures(names)
     curation.add_sources(rows)
-    run = runner.local(processes) if options.runner == "local" else runner.ray(options.workers)
+    run = runner.local(processes) if options.runner == "local" else runner.ray(options.workers, options.gpus)
     curation.run(run, processes, names)
     print(write_report(curation))
 
