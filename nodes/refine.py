@@ -15,7 +15,6 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 from comfy_api.v0_0_2 import io
-from server import PromptServer
 
 from ..videofactory_core.language import (
     INSTRUCTION,
@@ -110,6 +109,9 @@ class RefinePrompt(io.ComfyNode):
             better, shown = prompt, f"The prompt stays as it is: {error}"
         else:
             shown = better
+        # Which a host has that serves graphs, and nothing else needs.
+        from server import PromptServer
+
         PromptServer.instance.send_progress_text(shown, cls.hidden.unique_id)
         return io.NodeOutput(better)
 

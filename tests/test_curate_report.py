@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from videofactory_train.curate.config import CurateConfig, keep
+from videofactory_train.curate.config import CurateConfig
 from videofactory_train.curate.curation import SOURCES, Curation, source_schema
 from videofactory_train.curate.decide import Rules
 from videofactory_train.curate.report import LISTED, SCORES, write_report
@@ -42,8 +42,8 @@ class Drawn:
     def write(self, folder: Path) -> Curation:
         """The curation that they are, in parts of 50 rows in no order."""
         config = CurateConfig(decide=RULES)
-        keep(config, folder)
         curation = Curation(folder, config)
+        curation.keep()
         keys, stages = curation.keys(), {stage.name: stage for stage in config.stages()}
         sources = [{"source_id": f"s{i}", "name": name} for i, (name, _) in enumerate(self.failed)]
         if sources:

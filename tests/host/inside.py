@@ -390,7 +390,7 @@ def missing_library(host: Any, demo: Path) -> dict[str, Any]:
             said.append(record.getMessage())
 
     logging.getLogger().addHandler(Listener())
-    for room in ("load", "write", "sample", "decode", "upscale", "train"):
+    for room in ("load", "refine", "write", "sample", "decode", "upscale", "train"):
         sys.modules.pop(f"videofactory_pack.nodes.{room}", None)
     sys.modules["latent_preview"] = None  # type: ignore[assignment]
     extension = asyncio.run(sys.modules["videofactory_pack"].comfy_entrypoint())
