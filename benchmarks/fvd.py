@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -24,25 +22,11 @@ from videofactory_train.evaluate.videomae import GIANT, VideoViT
 
 from videofactory_core.video import read_frames, write_video
 
+from .rounds import Run, seconds
+
 FRAMES, HEIGHT, WIDTH, FPS = 16, 256, 456, 24.0
-ROUNDS = 3
 # Of the Frechet distance: features a video, videos a side, and what it may take in seconds.
 FEATURES, VIDEOS, BAR = 400, 2048, 0.1
-
-Run = Callable[[], object]
-
-
-def seconds(runs: dict[str, Run], device: torch.device) -> dict[str, float]:
-    """The median of each run in `ROUNDS` rounds, one after the other in each, behind a round of warm-up."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 
 def prepare(folder: Path, device: torch.device) -> dict[str, tuple[FVD, str, Path]]:
@@ -87,7 +71,7 @@ def report() -> None:
         video = folder / "clip.mp4"
         write_video(video, frames.permute(0, 2, 3, 1), FPS)
         times = [(number + 0.5) / FPS for number in range(FRAMES)]
-        decode = seconds({"decode": lambda: read_frames(video, times)}, torch.device("cpu"))["decode"]
+        decode = median(seconds({"decode": lambda: read_frames(video, times)}, torch.device("cpu"))["decode"])
         print(f"decoding{1 / decode:20.2f} clips/s on each of {os.cpu_count()} cores")
         clips = random.integers(0, 256, (batch, FRAMES, HEIGHT, WIDTH, 3), np.uint8)
         tensor = torch.from_numpy(clips)
@@ -95,10 +79,11 @@ def report() -> None:
             runs: dict[str, Run] = {"ours": partial(extractor, tensor)}
             if find_spec("cdfvd") is not None:
                 runs["cd-fvd"] = theirs(their_name, weights, clips, device)
-            for whose, taken in seconds(runs, device).items():
+            for whose, rounds in seconds(runs, device).items():
+                taken = median(rounds)
                 share = decode / (decode + taken / batch)
                 print(f"{name:<14}{whose:<8}{batch / taken:6.2f} clips/s, {share:.0%} of the time decoding on one core")
     a, b = (frechet.Moments.of(random.normal(size=(VIDEOS, FEATURES))) for _ in range(2))
     run = partial(frechet.distance, a.mean, a.covariance, b.mean, b.covariance)
-    distance = seconds({"distance": run}, torch.device("cpu"))["distance"]
+    distance = median(seconds({"distance": run}, torch.device("cpu"))["distance"])
     print(f"distance of {FEATURES} features: {distance:.3f} s, bar {BAR} s: {'met' if distance < BAR else 'missed'}")

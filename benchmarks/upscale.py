@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,30 +21,15 @@ from videofactory_core import checkpoint
 from videofactory_core.upscaler import BUNDLED, PRESETS, Upscaler, load, upscale
 from videofactory_core.video import open_frames
 
+from .rounds import Run, seconds
+
 SMALL = 192, 344
 FRAMES = 16
-ROUNDS = 3
 # A folder with video files of one's own, for `python -m benchmarks upscale-quality`.
 VIDEOS = "UPSCALE_VIDEOS"
 # What changes less from frame to frame, in 0..1 and in all channels, is a region that stands still.
 STILL = 2 / 255
 VIDEO_FRAMES = 8
-
-Run = Callable[[], object]
-
-
-def seconds(runs: dict[str, Run], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every run, one after the other in each of `ROUNDS` rounds behind one of warm-up."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(ROUNDS + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if round_:
-                found[name].append(time.perf_counter() - start)
-    return found
 
 
 def products(device: torch.device, dtype: torch.dtype) -> tuple[float, Run]:

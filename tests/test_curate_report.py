@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,7 +23,6 @@ from videofactory_train.curate.work import schema
 
 pytest.importorskip("pyarrow")
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 RULES = Rules()
 # How bad a failed row's columns look; they count for nothing.
 SPOILED = {"o_avg": 1e9, "o_md": 1e9, "ratio": 1e9, "affine_residual": 1e9, "text_edge": 1e9, "aesthetic": 1e9}
@@ -212,18 +210,6 @@ def test_pictures_are_those_of_the_clips_that_are_asked_for(report: Path, drawn:
     expected = {name: row["image"] for name, row in drawn.stages["keyframe"].items() if "image" in row}
     chosen = [*list(expected)[::40], *(name for name in drawn.clips if name not in expected)]
     assert curation.pictures(chosen) == {name: expected[name] for name in chosen if name in expected}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="for tests in a browser: pip install playwright")
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("for tests in a browser install Chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @dataclass

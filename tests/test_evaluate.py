@@ -40,7 +40,6 @@ from videofactory_core.video import read_video, write_video
 
 FPS, FRAMES = 8.0, 12
 SAMPLING = Sampling(frames=FRAMES)
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MARKUP = "<b>bold</b> \"><img src=x onerror=\"document.title='run'\"> &amp; 'quoted' | `x`"
 
 
@@ -699,18 +698,6 @@ def page(tmp_path_factory: pytest.TempPathFactory, real: Path) -> Path:
     )
     write_results(scores, out)
     return write_report(read_results(out), out)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="for tests in a browser: pip install playwright")
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("for tests in a browser install Chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @dataclass
