@@ -21,7 +21,7 @@ from torch import Tensor
 
 from videofactory_core.config import DiffusionConfig, PredictionType
 from videofactory_core.diffusion import Schedule
-from videofactory_core.sampling import SAMPLERS, sample, trailing_timesteps
+from videofactory_core.sampling import SAMPLERS, Known, noise_levels, sample, trailing_timesteps
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,6 +42,12 @@ def unit_noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def fake_model(x: Tensor, t: Tensor) -> Tensor:
     """A smooth function of the input, the neighbouring pixels and the time, like a network's."""
     time = (t / 1000).view(-1, 1, 1, 1, 1)
+    return torch.tanh(0.8 * x + 0.3 * x.roll(1, -1) + time) - 0.2 * time * x
+
+
+def fake_model_by_frame(x: Tensor, t: Tensor) -> Tensor:
+    """The same for times of clips or of frames."""
+    time = (t / 1000).view(len(x), 1, -1, 1, 1)
     return torch.tanh(0.8 * x + 0.3 * x.roll(1, -1) + time) - 0.2 * time * x
 
 
@@ -197,9 +203,9 @@ def test_each_solver_converges_with_its_order(name: str, order: int) -> None:
     x = 10 * unit_noise(dtype=torch.float64)
     errors = []
     for steps in (80, 160):
-        sigmas = torch.logspace(1, -1, steps + 1, dtype=torch.float64).tolist()
-        end = SAMPLERS[name](gaussian_x0, x, sigmas, None)
-        errors.append(relative_error(end, gaussian_flow(x, sigmas[0], sigmas[-1])))
+        sigmas = torch.logspace(1, -1, steps + 1, dtype=torch.float64)
+        end = SAMPLERS[name](gaussian_x0, x, sigmas[:, None], None)
+        errors.append(relative_error(end, gaussian_flow(x, float(sigmas[0]), float(sigmas[-1]))))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
@@ -304,6 +310,84 @@ def test_the_callback_gets_each_step_and_the_estimate_that_ends_the_clip(name: s
     assert torch.equal(calls[-1][1], end)
 
 
+@pytest.mark.parametrize("stagger", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_known_frames_come_back_to_the_last_bit(name: str, steps: int, clean: bool, stagger: float) -> None:
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        if clean:
+            assert torch.equal(x[:, :, [0, 3]], known.latents[:, :, [0, 3]])
+            assert not t[:, [0, 3]].any()
+        return fake_model_by_frame(x, t)
+
+    noise = unit_noise(2, 4, 5, 6, 7)
+    known = Known(noise.flip(0), torch.tensor([True, False, False, True, False]), clean)
+    schedule = Schedule.from_config(DiffusionConfig(zero_terminal_snr=True, prediction_type="v_prediction"))
+    generator = torch.Generator().manual_seed(1)
+    end = sample(model, noise, schedule, sampler=name, steps=steps, known=known, stagger=stagger, generator=generator)
+    assert torch.equal(end[:, :, [0, 3]], known.latents[:, :, [0, 3]])
+    assert end.isfinite().all()
+    assert len(seen) == steps
+
+
+@pytest.mark.parametrize("stagger", [0.0, 1.0])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_known_frame_is_plain_sampling_and_only_known_ones_come_back(name: str, stagger: float) -> None:
+    schedule = Schedule.from_config(DiffusionConfig())
+    noise = unit_noise()
+
+    def run(known: Known | None) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return sample(
+            fake_model_by_frame,
+            noise,
+            schedule,
+            sampler=name,
+            steps=6,
+            known=known,
+            stagger=stagger,
+            generator=generator,
+        )
+
+    for clean in (True, False):
+        assert torch.equal(run(Known(noise.flip(0), torch.zeros(3, dtype=torch.bool), clean)), run(None))
+        assert torch.equal(run(Known(noise.flip(0), torch.ones(3, dtype=torch.bool), clean)), noise.flip(0))
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"euler_ancestral"}))
+def test_frames_that_nothing_connects_are_sampled_as_if_alone(name: str) -> None:
+    """Also when they begin later and with larger steps."""
+    schedule = Schedule.from_config(DiffusionConfig(zero_terminal_snr=True, prediction_type="v_prediction"))
+    noise = unit_noise(1, 4, 4, 5, 6)
+    # A frame has a third of the steps, and the next begins when it is done.
+    end = sample(fake_model_by_frame, noise, schedule, sampler=name, steps=40, stagger=3.0)
+    for frame in range(4):
+        alone = sample(fake_model_by_frame, noise[:, :, [frame]], schedule, sampler=name, steps=10)
+        assert relative_error(end[:, :, [frame]], alone) <= 1e-5
+
+
+def test_staggered_frames_go_one_behind_the_other() -> None:
+    schedule = Schedule.from_config(DiffusionConfig())
+    given = torch.tensor([False, True, False, False])
+    levels = noise_levels(schedule, 20, 4, given, stagger=1.0)
+    assert levels.shape == (21, 4)
+    assert not levels[:, 1].any()
+    assert (levels[0, [0, 2, 3]] == schedule.sigma(torch.tensor(999))).all()
+    assert not levels[-1].any()
+    assert (levels.diff(dim=0) <= 0).all()
+    assert (levels[:, 0] <= levels[:, 2]).all()
+    assert (levels[:, 2] <= levels[:, 3]).all()
+    # With 1 the last begins when the first is done.
+    done, begun = (levels[:, 0] == 0).nonzero()[0], (levels[:, 3] < levels[0, 3]).nonzero()[0]
+    assert begun == done + 1
+    with pytest.raises(ValueError, match="stagger is -1"):
+        noise_levels(schedule, 20, 4, stagger=-1)
+
+
 def test_sampling_keeps_no_graph() -> None:
     weight = torch.ones(1, requires_grad=True)
     end = sample(lambda x, t: weight * x, unit_noise(), Schedule.from_config(DiffusionConfig()), steps=2)
@@ -314,7 +398,7 @@ def test_sampling_keeps_no_graph() -> None:
 def test_timesteps_are_those_of_diffusers(steps: int) -> None:
     scheduler: Any = DDIMScheduler(timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    assert trailing_timesteps(1000, steps).tolist() == scheduler.timesteps.tolist()
+    assert trailing_timesteps(1000, steps).flatten().tolist() == [*scheduler.timesteps.tolist(), -1]
 
 
 @settings(deadline=None)
@@ -322,10 +406,10 @@ def test_timesteps_are_those_of_diffusers(steps: int) -> None:
 def test_timesteps_fall_from_the_last_one_without_repeats(data: st.DataObject) -> None:
     num_timesteps = data.draw(st.integers(2, 2000))
     steps = data.draw(st.integers(1, num_timesteps))
-    timesteps = trailing_timesteps(num_timesteps, steps)
-    assert len(timesteps) == steps
+    timesteps = trailing_timesteps(num_timesteps, steps).flatten()
+    assert len(timesteps) == steps + 1
     assert timesteps[0] == num_timesteps - 1
-    assert timesteps[-1] >= 0
+    assert timesteps[-1] == -1
     assert (timesteps.diff() < 0).all()
 
 

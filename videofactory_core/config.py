@@ -190,6 +190,8 @@ class ModelConfig:
     width: int = 344
     height: int = 192
     fps: float = 8.0
+    # It has learned what frames at noise level 0 are: conditions, see `condition.py`.
+    given_frames: bool = False
 
     def __post_init__(self) -> None:
         _check_sizes(self)

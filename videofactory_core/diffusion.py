@@ -118,3 +118,12 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float = 0.0) -> T
     dims = tuple(range(1, cond.ndim))
     spread = guided.std(dims, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)
     return guided * (1 - rescale + rescale * cond.std(dims, keepdim=True) / spread)
+
+
+def guide_frames(both: Tensor, frames: Tensor, neither: Tensor, scale: float, frame_scale: float) -> Tensor:
+    """Guidance over text and over given frames separately (Brooks et al., arXiv 2211.09800, eq. 3).
+
+    both, frames, neither: the network's outputs with prompt and frames, with frames alone and without any. scale,
+    frame_scale: how closely to follow the prompt and the frames; 1 and 1 return `both`.
+    """
+    return neither + frame_scale * (frames - neither) + scale * (both - frames)

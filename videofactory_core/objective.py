@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .condition import Condition, Drawn
 from .diffusion import Schedule
 
 
@@ -50,9 +51,9 @@ class Process:
         for start in range((first * self.world + self.rank) * batch_size, count, self.world * batch_size):
             yield from range(start, min(start + batch_size, count))
 
-    def uniform(self, like: Tensor) -> Tensor:
-        """`[B]` in 0..1 for `like [B, ...]`."""
-        return self.rows(torch.rand(self.world * len(like), device=like.device))
+    def uniform(self, like: Tensor, *shape: int) -> Tensor:
+        """`[B, *shape]` in 0..1 for `like [B, ...]`."""
+        return self.rows(torch.rand(self.world * len(like), *shape, device=like.device))
 
     def normal(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Standard normal numbers for `like [B, ...]`, in its shape or `[B, *shape]`."""
@@ -61,8 +62,8 @@ class Process:
 
 
 class Noised(NamedTuple):
-    """What the network is asked: `latents` at `timesteps [B]`, the `target` that it should return, and its `weight [B]`
-    in the loss, None where all count alike."""
+    """What the network is asked: `latents` at `timesteps`, the `target` that it should return, and its `weight` in the
+    loss, None where all count alike; both `[B]`, or `[B, F]` where frames differ."""
 
     latents: Tensor
     timesteps: Tensor
@@ -90,6 +91,8 @@ class Objective:
     offset_noise: float = 0.0
     # Share of the noise's variance that all frames of a clip have in common (Ge et al., arXiv 2305.10474).
     shared_noise: float = 0.0
+    # Which frames are given; without it the network learns from text alone.
+    condition: Condition | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
@@ -116,8 +119,11 @@ class Objective:
         return torch.where(dropped[:, None, None], empty.repeat(context.shape[1] // len(empty), 1), context)
 
     def noised(self, latents: Tensor, schedule: Schedule, process: Process) -> Noised:
-        """Clean `latents [B, C, F, H, W]` at a random level each."""
+        """Clean `latents [B, C, F, H, W]` at a random level each, or with a `condition` at levels of their frames."""
         share = process.uniform(latents)
+        drawn = self.condition.draw(latents, process.uniform) if self.condition else None
+        if drawn is not None:
+            share = torch.where(drawn.level.isnan(), share[:, None], drawn.level)
         share = self.timestep_shift * share / (1 + (self.timestep_shift - 1) * share)
         share = self.timestep_range[0] + (self.timestep_range[1] - self.timestep_range[0]) * share
         timesteps = (share * schedule.num_timesteps).long().clamp_(max=schedule.num_timesteps - 1)
@@ -128,15 +134,17 @@ class Objective:
             noise = self.shared_noise**0.5 * common + (1 - self.shared_noise) ** 0.5 * noise
         if self.offset_noise:
             noise = noise + self.offset_noise * process.normal(latents, (channels, 1, 1, 1))
-        return Noised(
+        noised = Noised(
             schedule.add_noise(latents, noise, timesteps),
             timesteps,
             schedule.target(latents, noise, timesteps),
             self.weight(timesteps, schedule),
         )
+        return noised if drawn is None else _shown(noised, drawn, latents, noise, schedule)
 
     def weight(self, timesteps: Tensor, schedule: Schedule) -> Tensor | None:
-        """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v: `[B]` float32, None when it is off."""
+        """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v: float32 in the shape of `timesteps`,
+        None when it is off."""
         if not self.min_snr_gamma:
             return None
         snr = schedule.sigma(timesteps).float() ** -2
@@ -146,8 +154,20 @@ class Objective:
         """Mean squared error, weighted, over everything: a scalar in float32."""
         error = (prediction.float() - noised.target).square()
         if noised.weight is not None:
-            error = rearrange(noised.weight, "B -> B 1 1 1 1") * error
+            error = (
+                rearrange(noised.weight, "B -> B 1 1 1 1" if noised.weight.ndim == 1 else "B F -> B 1 F 1 1") * error
+            )
         return error.mean()
+
+
+def _shown(noised: Noised, drawn: Drawn, latents: Tensor, noise: Tensor, schedule: Schedule) -> Noised:
+    """Given frames clean at level 0, or pure noise at the last; they do not count, the others so much more."""
+    given, hidden = (rearrange(which, "B F -> B 1 F 1 1") for which in (drawn.given, drawn.hidden))
+    shown = torch.where(hidden, noise, torch.where(given, latents, noised.latents))
+    timesteps = noised.timesteps.masked_fill(drawn.given, 0).masked_fill(drawn.hidden, schedule.num_timesteps - 1)
+    learned = (~drawn.given).float()
+    weight = learned / learned.mean()
+    return Noised(shown, timesteps, noised.target, weight if noised.weight is None else weight * noised.weight)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .checkpoint import Model
 from .config import ModelConfig
-from .diffusion import Schedule, guide
+from .diffusion import Schedule, guide, guide_frames
 from .memory import total_memory
-from .sampling import SAMPLERS, sample
+from .sampling import SAMPLERS, Known, sample
 
 
 def check_request(
@@ -62,6 +62,112 @@ def check_memory(config: ModelConfig, num_frames: int, width: int, height: int, 
         )
 
 
+def check_given(given: Mapping[int, Tensor], num_frames: int, width: int, height: int) -> None:
+    """Refuse with a ValueError frames that do not belong to a clip of this length and size."""
+    for index, frame in given.items():
+        if not 0 <= index < num_frames:
+            raise ValueError(f"frame {index} is given and the clip has frames 0 to {num_frames - 1}; name one of these")
+        if frame.shape != (height, width, 3):
+            size = f"{frame.shape[1]}x{frame.shape[0]}" if frame.ndim == 3 else str(list(frame.shape))
+            raise ValueError(
+                f"the frame given as number {index} is {size} and the clip {width}x{height}; scale it first"
+            )
+    if len(given) == num_frames > 0:
+        raise ValueError(f"all {num_frames} frames are given, and none is left to make")
+
+
+def warn_of_given(config: ModelConfig) -> None:
+    """Warn of a model that never learned what given frames are."""
+    if not config.given_frames:
+        warnings.warn(
+            "this model was never trained on given frames, so they are blended in as noise and may not be followed;"
+            " train it with recipes/image-to-video-16gb.toml",
+            stacklevel=3,
+        )
+
+
+def encode_prompts(model: Model, prompt: str, negative_prompt: str, guidance_scale: float) -> Tensor:
+    """Text features `[1, L, D]` of a prompt, or with guidance `[2, L, D]`, the negative prompt's behind it."""
+    prompts: Sequence[str] = [prompt, negative_prompt] if guidance_scale > 1 else [prompt]
+    window = model.config.text.max_tokens - 2
+    if any(len(model.text_encoder.tokenizer(text)) > 1 for text in prompts):
+        warnings.warn(f"the prompt is over {window} tokens and is read in chunks of {window}", stacklevel=3)
+    return model.text_encoder.encode(prompts)
+
+
+@torch.no_grad()
+def encode_frames(model: Model, frames: Tensor) -> Tensor:
+    """Frames `[F, H, W, 3]` in 0..1 to latents `[1, C, F, h, w]` (float32), on the model's device."""
+    weight = next(model.autoencoder.parameters())
+    video = rearrange(frames * 2 - 1, "F H W C -> 1 C F H W").to(weight)
+    return model.autoencoder.encode(video).float()
+
+
+@torch.no_grad()
+def decode_latents(model: Model, latents: Tensor) -> Tensor:
+    """Latents `[1, C, F, h, w]` to frames `[F, H, W, 3]`, about 0..1, on the CPU."""
+    video = model.autoencoder.decode(latents.to(next(model.unet.parameters()).dtype))
+    return rearrange(video.float().cpu(), "1 C F H W -> F H W C") / 2 + 0.5
+
+
+def denoise(
+    model: Model,
+    context: Tensor,
+    noise: Tensor,
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+    sampler: str = "ddim",
+    known: Known | None = None,
+    frame_guidance_scale: float = 1.0,
+    stagger: float = 0.0,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Latents of a clip from unit noise `[1, C, F, h, w]`; `context` as `encode_prompts` gives it, or for each frame.
+
+    With frames that are `known`, a `frame_guidance_scale` above 1 follows them harder, at the cost of another pass of
+    the network: what it is measured against is the clip in which they are hidden behind pure noise.
+    """
+    weight = next(model.unet.parameters())
+    schedule = Schedule.from_config(model.config.diffusion)
+    guided = guidance_scale > 1
+    noise = noise.to(weight.device)
+    hides = known is not None and known.clean and frame_guidance_scale != 1
+    if hides:
+        assert known is not None
+        given = known.given.to(weight.device)
+        # The prompt stays where it is all that guides; else it has gone before the frames do.
+        context = torch.cat([context, context[-1:]])
+
+    def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+        rows, levels = [x] * len(context), [timesteps] * len(context)
+        if hides:
+            rows[-1] = torch.where(rearrange(given, "F -> F 1 1"), noise.to(x), x)
+            levels[-1] = timesteps.masked_fill(given, schedule.num_timesteps - 1)
+        out = model.unet(torch.cat(rows).to(weight.dtype), torch.cat(levels), context).float()
+        answers = out.chunk(len(context))
+        if hides and guided:
+            both, frames, neither = answers
+            return guide_frames(both, frames, neither, guidance_scale, frame_guidance_scale)
+        if hides or guided:
+            cond, uncond = answers
+            return guide(cond, uncond, frame_guidance_scale if hides else guidance_scale)
+        return out
+
+    return sample(
+        predict,
+        noise,
+        schedule,
+        sampler=sampler,
+        steps=steps,
+        known=known,
+        stagger=stagger,
+        generator=generator,
+        callback=on_step,
+    )
+
+
 @torch.no_grad()
 def generate(
     model: Model,
@@ -75,49 +181,62 @@ def generate(
     guidance_scale: float = 2.0,
     sampler: str = "ddim",
     seed: int = 0,
+    given: Mapping[int, Tensor] | None = None,
+    frame_guidance_scale: float = 1.0,
+    stagger: float = 0.0,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """A clip of a prompt: `[F, H, W, 3]` in 0..1, on the CPU.
 
-    Sizes are pixels and default to those that the model was trained on. `on_step` receives the number of the step
-    that is done and the latents expected at the end. Raises ValueError for what the model cannot make.
+    Sizes are pixels and default to those that the model was trained on. `given` are frames `[H, W, 3]` in 0..1 by their
+    number: they come back as the autoencoder has them, and the others are made to fit. `frame_guidance_scale`: see
+    `denoise`; `stagger`: see `sampling.noise_levels`. `on_step` receives the number of the step that is done and the
+    latents expected at the end. Raises ValueError for what the model cannot make.
     """
     config = model.config
     num_frames = config.frames if num_frames is None else num_frames
     width, height = width or config.width, height or config.height
     check_request(config, num_frames, width, height, guidance_scale, sampler, steps)
+    given = given or {}
+    check_given(given, num_frames, width, height)
+    if given:
+        warn_of_given(config)
 
     weight = next(model.unet.parameters())
     check_memory(config, num_frames, width, height, weight)
-    guided = guidance_scale > 1
-    prompts: Sequence[str] = [prompt, negative_prompt] if guided else [prompt]
-    window = config.text.max_tokens - 2
-    if any(len(model.text_encoder.tokenizer(text)) > 1 for text in prompts):
-        warnings.warn(f"the prompt is over {window} tokens and is read in chunks of {window}", stacklevel=2)
-    context = model.text_encoder.encode(prompts)
-
-    factor = config.autoencoder.downscale
-    shape = (config.autoencoder.latent_channels, num_frames, height // factor, width // factor)
+    context = encode_prompts(model, prompt, negative_prompt, guidance_scale)
     # Drawn on the CPU, so that a seed means the same clip on every device.
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, *shape, generator=generator)
-
-    def predict(x: Tensor, timesteps: Tensor) -> Tensor:
-        x = x.to(weight.dtype)
-        if not guided:
-            return model.unet(x, timesteps, context).float()
-        both = model.unet(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context).float()
-        cond, uncond = both.chunk(2)
-        return guide(cond, uncond, guidance_scale)
-
-    latents = sample(
-        predict,
-        noise.to(weight.device),
-        Schedule.from_config(config.diffusion),
-        sampler=sampler,
+    noise = torch.randn(1, *latent_shape(config, num_frames, width, height), generator=generator)
+    latents = denoise(
+        model,
+        context,
+        noise,
         steps=steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        known=know(noise, {index: encode_frames(model, frame[None]) for index, frame in given.items()}, config),
+        frame_guidance_scale=frame_guidance_scale,
+        stagger=stagger,
         generator=generator,
-        callback=on_step,
+        on_step=on_step,
     )
-    video = model.autoencoder.decode(latents.to(weight.dtype))
-    return rearrange(video.float().cpu(), "1 C F H W -> F H W C") / 2 + 0.5
+    return decode_latents(model, latents)
+
+
+def latent_shape(config: ModelConfig, num_frames: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """`(C, F, h, w)` of a clip in pixels."""
+    factor = config.autoencoder.downscale
+    return config.autoencoder.latent_channels, num_frames, height // factor, width // factor
+
+
+def know(noise: Tensor, latents: Mapping[int, Tensor], config: ModelConfig) -> Known | None:
+    """Latents `[1, C, 1, h, w]` by their frame as conditions of a clip like `noise`; None where there are none."""
+    if not latents:
+        return None
+    given = torch.zeros(noise.shape[2], dtype=torch.bool)
+    values = torch.zeros_like(noise)
+    for index, value in latents.items():
+        given[index] = True
+        values[:, :, index] = value[:, :, 0].to(values)
+    return Known(values, given, clean=config.given_frames)

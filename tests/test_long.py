@@ -1,0 +1,161 @@
+"""Clips of any length from chunks, and what lies between and around given frames."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from videofactory_core import checkpoint
+from videofactory_core.checkpoint import Model
+from videofactory_core.long import chunks, generate_long
+from videofactory_core.pipeline import decode_latents, encode_frames, generate
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture
+def model(debug_checkpoint: Path) -> Model:
+    """The debug model, whose clips have 4 frames, as if it knew given frames."""
+    loaded = checkpoint.load(debug_checkpoint)
+    return replace(loaded, config=replace(loaded.config, given_frames=True))
+
+
+def drawn(count: int) -> Tensor:
+    return torch.rand(count, 8, 16, 3, generator=torch.Generator().manual_seed(3))
+
+
+def long(model: Model, **settings) -> Tensor:
+    return torch.cat([*generate_long(model, PROMPT, **{"steps": 2, **settings})])
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_chunks_make_every_frame_once_and_know_what_is_done(data: st.DataObject) -> None:
+    num_frames = data.draw(st.integers(1, 80))
+    length = data.draw(st.integers(2, 20))
+    overlap = data.draw(st.integers(1, length - 1))
+    known = set(data.draw(st.sets(st.integers(0, num_frames - 1))))
+    done = set(known)
+    made: set[int] = set()
+    for chunk in chunks(num_frames, length, overlap, known):
+        assert 0 <= chunk.start <= chunk.first < chunk.last <= chunk.end <= num_frames
+        assert chunk.end - chunk.start == min(length, num_frames)
+        new = set(range(chunk.first, chunk.last)) - known
+        assert new
+        assert not new & made
+        # Those before it are done, or where it goes backward those behind it.
+        before, behind = range(max(0, chunk.first - overlap), chunk.first), range(chunk.last, num_frames)[:overlap]
+        assert any(done.issuperset(side) and set(side) <= {*range(chunk.start, chunk.end)} for side in (before, behind))
+        made |= new
+        done |= new
+    assert done == set(range(num_frames))
+
+
+def test_in_betweens_end_at_a_given_frame() -> None:
+    assert [(chunk.first, chunk.last) for chunk in chunks(61, 16, 4, range(0, 61, 4))] == [
+        (1, 13),
+        (13, 25),
+        (25, 37),
+        (37, 49),
+        (49, 61),
+    ]
+
+
+def test_frames_given_at_the_end_alone_are_led_up_to() -> None:
+    assert [(chunk.first, chunk.last) for chunk in chunks(40, 16, 4, range(36, 40))] == [(24, 36), (12, 24), (0, 12)]
+
+
+def test_chunks_that_would_add_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot overlap by 4"):
+        list(chunks(20, 4, 4))
+
+
+def test_one_chunk_is_what_the_pipeline_makes(model: Model) -> None:
+    frames = {0: drawn(1)[0], 3: drawn(2)[1]}
+    for known in ({}, frames):
+        assert torch.equal(long(model, num_frames=4, given=known), generate(model, PROMPT, steps=2, given=known))
+
+
+@pytest.mark.parametrize("settings", [{}, {"anchors": 1, "match_colours": True, "frame_guidance_scale": 2.0}])
+@pytest.mark.parametrize(
+    ("num_frames", "where"), [(11, ()), (9, (0, 1)), (9, (7, 8)), (9, (0, 8)), (9, range(0, 9, 2)), (2, (1,))]
+)
+def test_given_frames_come_back_as_the_autoencoder_has_them(model: Model, num_frames, where, settings) -> None:
+    known = dict(zip(where, drawn(len(where)), strict=True))
+    made = long(model, num_frames=num_frames, given=known, overlap=2, **settings)
+    assert made.shape == (num_frames, 8, 16, 3)
+    assert made.isfinite().all()
+    for index, frame in known.items():
+        assert torch.allclose(made[index], decode_latents(model, encode_frames(model, frame[None]))[0], atol=1e-6)
+
+
+def test_pieces_come_one_by_one_in_order(model: Model) -> None:
+    pieces = list(generate_long(model, PROMPT, num_frames=10, overlap=2, steps=2))
+    assert [len(piece) for piece in pieces] == [4, 2, 2, 2]
+    again = generate_long(model, PROMPT, num_frames=4, overlap=2, steps=2)
+    assert torch.equal(next(again), pieces[0])
+
+
+def test_a_chunk_follows_what_it_knows(model: Model) -> None:
+    frames = drawn(2)
+    known = {0: frames[0], 1: frames[1]}
+    other = {0: frames[0], 1: frames[0]}
+    assert not torch.equal(long(model, num_frames=8, given=known)[2:], long(model, num_frames=8, given=other)[2:])
+
+
+def test_guidance_over_frames_changes_what_is_made_and_one_does_not(model: Model) -> None:
+    known = {0: drawn(1)[0]}
+    for guidance_scale in (1.0, 3.0):
+        plain, one, two = (
+            generate(model, PROMPT, steps=2, guidance_scale=guidance_scale, given=known, **settings)
+            for settings in ({}, {"frame_guidance_scale": 1.0}, {"frame_guidance_scale": 2.0})
+        )
+        assert torch.equal(plain, one)
+        assert not torch.equal(plain, two)
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ({4: drawn(1)[0]}, "frame 4 is given and the clip has frames 0 to 3"),
+        ({0: torch.zeros(9, 16, 3)}, "is 16x9 and the clip 16x8; scale it first"),
+        ({0: torch.zeros(16, 3)}, r"is \[16, 3\]"),
+        (dict(enumerate(drawn(4))), "all 4 frames are given"),
+    ],
+)
+def test_frames_that_do_not_belong_are_refused(model: Model, known: dict[int, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, PROMPT, given=known)
+    with pytest.raises(ValueError, match=message):
+        next(generate_long(model, PROMPT, num_frames=4, given=known))
+
+
+def test_a_model_that_never_learned_it_works_with_a_warning(debug_checkpoint: Path) -> None:
+    untrained = checkpoint.load(debug_checkpoint)
+    with pytest.warns(UserWarning, match="image-to-video-16gb"):
+        made = generate(untrained, PROMPT, steps=2, given={0: drawn(1)[0]})
+    assert made.isfinite().all()
+    with pytest.warns(UserWarning, match="image-to-video-16gb"):
+        long(untrained, num_frames=8)
+
+
+def test_memory_does_not_grow_with_the_length(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than a chunk's latents are kept."""
+    from videofactory_core import long as module
+
+    kept = []
+    know = module.know
+
+    def watched(noise, latents, config):
+        kept.append(len(latents))
+        return know(noise, latents, config)
+
+    monkeypatch.setattr(module, "know", watched)
+    long(model, num_frames=60, overlap=2, steps=1)
+    assert max(kept) <= 3
