@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -20,9 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from videofactory_train.cli import main
 from videofactory_train.data.moving_shapes import MovingShapes
+from videofactory_train.denoiser import ByTurns, LatentBatches, Latents, WindowBatches
 from videofactory_train.run import run_recipe
 
 from videofactory_core import adapters, checkpoint
+from videofactory_core.condition import Condition, GivenFrames
+from videofactory_core.objective import Process
 from videofactory_core.video import read_video, write_video
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -350,6 +354,93 @@ def test_every_recipe_runs(name: str, tmp_path: Path, clips: Path, debug_checkpo
     assert losses
     assert all(len(found) == 2 for found in losses)
     assert checkpoint.read_header(output).metadata["modelspec.title"]
+
+
+GIVEN = """\
+title = "mine"
+licence = "MIT"
+origin = "a test"
+checkpoint = "{checkpoint}"
+output = "{folder}/mine.safetensors"
+precision = "fp32"
+device = "cpu"
+workers = 0
+clips = 4
+[[stages]]
+layers = 'temporal'
+[stages.schedule]
+steps = 4
+batch_size = 2
+learning_rate = 1e-2
+save_every = 2
+[stages.condition]
+independent = 0.5
+frame_dropout = 0.5
+frames = { none = 1, first = 1 }
+[stages.windows]
+clips = 3
+frames = 9
+condition = { frames = { prefix = 1 } }
+"""
+
+
+def test_a_model_that_learns_given_frames_says_so(tmp_path: Path, clips: Path, debug_checkpoint: Path) -> None:
+    assert not checkpoint.check(debug_checkpoint)[0].config.given_frames
+    recipe = write(tmp_path / "whole", GIVEN, clips, debug_checkpoint)
+    output = made(recipe)
+    assert checkpoint.check(output)[0].config.given_frames
+    # Also when it is trained further without any.
+    later = STAGES.replace("min_snr_gamma = 5.0", "")
+    assert checkpoint.check(made(write(tmp_path / "later", later, clips, output)))[0].config.given_frames
+    assert not checkpoint.check(made(write(tmp_path / "no", later, clips, debug_checkpoint)))[0].config.given_frames
+
+
+def test_windows_are_frames_in_a_row_of_one_clip_and_every_second_batch() -> None:
+    numbers = torch.arange(5 * 20).view(5, 1, 20, 1, 1).half()
+    data = Latents(numbers, torch.arange(5)[:, None, None].expand(5, 1, 77))
+    condition = Condition(GivenFrames(prefix=1))
+    windows = WindowBatches(data, condition, 5, 4, 0, Process())
+    seen = set()
+    for number, batch in zip(range(40), windows(0), strict=False):
+        frames = 4 + 4 * (number % 2)
+        assert batch.latents.shape == (5 if frames == 4 else 3, 1, frames, 1, 1)
+        assert batch.condition is condition
+        assert (batch.latents.diff(dim=2) == 1).all()
+        first = batch.latents[:, 0, 0, 0, 0].long()
+        assert torch.equal(first // 20, batch.tokens[:, 0, 0])
+        assert (first % 20 <= 20 - frames).all()
+        seen |= {(frames, start) for start in (first % 20).tolist()}
+    assert len(seen) == 17 + 13
+    again = next(windows(7))
+    assert torch.equal(again.latents, next(itertools.islice(windows(0), 7, None)).latents)
+
+    halves = [next(WindowBatches(data, condition, 5, 4, 0, Process(rank, 2))(0)).latents for rank in range(2)]
+    whole = next(WindowBatches(data, condition, 10, 4, 0, Process())(0)).latents
+    assert torch.equal(torch.cat(halves), whole)
+
+    plain = LatentBatches(data, 5, None, 1, 0, Process())
+    mixed = ByTurns(plain, windows)
+    for first in (0, 3):
+        for number, batch in zip(range(first, first + 4), mixed(first), strict=False):
+            alone = next((windows if number % 2 else plain)(number // 2))
+            assert torch.equal(batch.latents, alone.latents)
+            assert (batch.condition is None) == (number % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "message"),
+    [
+        (GIVEN, "stages.windows.frames=7", "twice 4 frames are more than the 7 that there are"),
+        (STAGES, "stages.windows={clips=3, condition={frames={first=1}}}", "windows are those of drawn clips"),
+        (LORA, "condition={frames={first=1}}", "a LoRA file cannot say that it knows given frames"),
+    ],
+)
+def test_conditions_that_cannot_be_trained_are_refused(
+    text: str, change: str, message: str, tmp_path: Path, clips: Path, debug_checkpoint: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_recipe(write(tmp_path, text, clips, debug_checkpoint), changes=[change])
+    assert not (tmp_path / "mine.safetensors").exists()
 
 
 def test_data_check_says_what_is_left_out_and_ends_with_1(

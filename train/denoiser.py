@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from videofactory_core.adapters import Adapter
 from videofactory_core.autoencoder import Autoencoder
+from videofactory_core.condition import Condition
 from videofactory_core.config import ModelConfig, UNetConfig
 from videofactory_core.diffusion import Schedule
 from videofactory_core.objective import Objective, Process, seed_for
@@ -28,10 +30,14 @@ from .data.moving_shapes import MovingShapes
 
 @dataclass(frozen=True)
 class Latents:
-    """Encoded clips: `latents [N, C, F, h, w]` (scaled) and the token ids `[N, 1, 77]` of their captions."""
+    """Encoded clips: `latents [N, C, F, h, w]` (scaled) and the token ids `[N, 1, 77]` of their captions.
+
+    condition: which of their frames are given, where that is not for the stage to say.
+    """
 
     latents: Tensor
     tokens: Tensor
+    condition: Condition | None = None
 
 
 @torch.no_grad()
@@ -84,6 +90,48 @@ class LatentBatches:
             yield Latents(latents.float(), self.data.tokens[chosen])
 
 
+@dataclass(frozen=True)
+class WindowBatches:
+    """Random windows of the long clips in `data`, as random batches of them.
+
+    Each has `batch_size` windows of `frames` frames, or half as many of twice the frames, by turns.
+    """
+
+    data: Latents
+    condition: Condition
+    batch_size: int
+    frames: int
+    seed: int
+    process: Process
+
+    def __call__(self, first: int) -> Iterator[Latents]:
+        """This process's part of batch number `first` and of those behind it."""
+        for number in itertools.count(first):
+            generator = torch.Generator().manual_seed(seed_for(self.seed, number))
+            times = 1 + number % 2
+            frames, whole = times * self.frames, self.process.world * -(-self.batch_size // times)
+            chosen = self.process.rows(torch.randint(len(self.data.latents), (whole,), generator=generator))
+            starts = torch.randint(self.data.latents.shape[2] - frames + 1, (whole,), generator=generator)
+            where = self.process.rows(starts)[:, None] + torch.arange(frames)
+            # Indexed on both sides of the channels, frames come before them.
+            windows = rearrange(self.data.latents[chosen[:, None], :, where], "B F C h w -> B C F h w")
+            yield Latents(windows.float(), self.data.tokens[chosen], self.condition)
+
+
+@dataclass(frozen=True)
+class ByTurns:
+    """Batches of `one`, then of `other`, and so on."""
+
+    one: Callable[[int], Iterator[Latents]]
+    other: Callable[[int], Iterator[Latents]]
+
+    def __call__(self, first: int) -> Iterator[Latents]:
+        """Batch number `first` and those behind it."""
+        for number in itertools.count(first):
+            half, of_other = divmod(number, 2)
+            yield next((self.other if of_other else self.one)(half))
+
+
 def frames_in(batch: Latents | Batch) -> int:
     """How many frames a batch of clips has."""
     return batch.latents.shape[0] * batch.latents.shape[2]
@@ -131,14 +179,17 @@ class Denoiser(nn.Module):
         device = next(self.parameters()).device
         latents = batch.latents.to(device)
         empty = self.empty.to(device)
+        objective = self.objective
         if isinstance(batch, Latents):
             assert self.text_encoder is not None
-            dropped = self.objective.drops(latents, self.process)
+            if batch.condition is not None:
+                objective = replace(objective, condition=batch.condition)
+            dropped = objective.drops(latents, self.process)
             context = self.text_encoder(torch.where(dropped[:, None, None], empty, batch.tokens.to(device)))
         else:
-            context = self.objective.drop_captions(batch.context.to(device), empty, self.process)
-        noised = self.objective.noised(latents, self.schedule, self.process)
-        return self.objective.loss(self.unet(noised.latents, noised.timesteps, context), noised)
+            context = objective.drop_captions(batch.context.to(device), empty, self.process)
+        noised = objective.noised(latents, self.schedule, self.process)
+        return objective.loss(self.unet(noised.latents, noised.timesteps, context), noised)
 
 
 class Answers(nn.Module):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from videofactory_core.condition import Condition
 from videofactory_core.config import PRESETS, SettingError, from_dict
 from videofactory_core.objective import Objective
 from videofactory_core.upscaler import UpscalerConfig
@@ -269,10 +270,26 @@ class AdapterRecipe(TuningRecipe, Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Every second batch is cut out of longer drawn clips.
+
+    Half of these have twice the model's frames. Shapes turn back at the edges there, so that captions do not say how
+    they move; enough frames have to be given that do.
+    """
+
+    condition: Condition
+    clips: int
+    # How long they are.
+    frames: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuningStage(Objective):
     """One stage of training weights themselves: with Swap-CA skipped (the paper's stage 1), or on (stages 2 and 3)."""
 
     schedule: Schedule
+    # Only where clips are drawn.
+    windows: Windows | None = None
     kind: Literal["addition", "swap"] = "swap"
     # Weights of the U-Net that train, by a regular expression over their names; "" is all.
     layers: str = ""
@@ -292,6 +309,8 @@ class FinetuneRecipe(TuningRecipe):
         super().__post_init__()
         if not self.stages:
             raise ValueError("stages: name one or more")
+        if any(stage.windows and (stage.datasets or self.datasets) for stage in self.stages):
+            raise ValueError("stages: windows are those of drawn clips; leave them out where there are datasets")
 
 
 # Which kind of recipe a file is, by what only that kind has, in this order.

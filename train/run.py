@@ -78,7 +78,8 @@ class ModelRun:
             origin=self.recipe.origin,
             other={checkpoint.PREVIEW: self.preview_colours(autoencoder), "recipe": describe(self.recipe)},
         )
-        model = checkpoint.Model(self.config, denoiser.unet, autoencoder, denoiser.text_encoder, metadata)
+        config = replace(self.config, given_frames=any(stage.gives_frames for stage in self.recipe.stages))
+        model = checkpoint.Model(config, denoiser.unet, autoencoder, denoiser.text_encoder, metadata)
         return lambda output: checkpoint.save(output, model, metadata, dtype=torch.float16)
 
     def clips(self, num_clips: int, num_frames: int, seed: int) -> MovingShapes:

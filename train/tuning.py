@@ -22,13 +22,24 @@ from videofactory_core.unet.model import VideoUNet
 from .data.batches import Batch, Group, RawBatch, by_bucket, loader
 from .data.cache import Cache, Filled, encode_frames
 from .data.content import checksum
-from .data.moving_shapes import MovingShapes
+from .data.moving_shapes import LongShapes, MovingShapes
 from .data.samples import DatasetConfig, Sample, hold_out, samples_of
 from .data.sources import read_dataset
-from .denoiser import Answers, Denoiser, LatentBatches, Latents, choose_layers, encode_clips, frames_in, store_weights
+from .denoiser import (
+    Answers,
+    ByTurns,
+    Denoiser,
+    LatentBatches,
+    Latents,
+    WindowBatches,
+    choose_layers,
+    encode_clips,
+    frames_in,
+    store_weights,
+)
 from .loop import Event, Schedule
 from .previews import Previews
-from .recipe import AdapterRecipe, FinetuneRecipe, TuningRecipe, TuningStage, describe
+from .recipe import AdapterRecipe, FinetuneRecipe, TuningRecipe, TuningStage, Windows, describe
 from .validation import Validation
 from .workspace import DRY_STEPS, Workspace
 
@@ -70,6 +81,11 @@ class Tuning:
 
     def train_adapter(self, recipe: AdapterRecipe) -> Callable[[Path], None]:
         """A LoRA on the U-Net, whose own weights stay as they are."""
+        if recipe.gives_frames and not self.config.given_frames:
+            raise ValueError(
+                "condition: a LoRA file cannot say that it knows given frames; begin with a checkpoint that does, which"
+                " recipes/image-to-video-16gb.toml makes"
+            )
         unet = self.model.unet.requires_grad_(False)
         adapter = adapters.Adapter(unet, recipe.adapter.layers, recipe.adapter.rank, recipe.adapter.alpha)
         store_weights(unet, self.work.dtype)
@@ -106,7 +122,7 @@ class Tuning:
             choose_layers(unet, stage.layers)
             store_weights(unet, self.work.dtype)
             unet.gradient_checkpointing = recipe.gradient_checkpointing
-            data = self.data(stage.datasets or recipe.datasets, stage.schedule, recipe.seed + number)
+            data = self.data(stage.datasets or recipe.datasets, stage.schedule, recipe.seed + number, stage.windows)
             module = self.denoiser(stage, unet, data)
             trained |= self.work.train(
                 name,
@@ -127,9 +143,14 @@ class Tuning:
             licence = f"{licence}; trained from {parent.title}: {parent.licence}"
         metadata = replace(parent, title=recipe.title, licence=licence, origin=recipe.origin, date=None)
         metadata = replace(metadata, other={**parent.other, **other})
+        config = replace(
+            self.config,
+            unet=with_merge(self.config.unet, recipe.stages[-1].kind),
+            given_frames=self.config.given_frames or any(stage.gives_frames for stage in recipe.stages),
+        )
         return partial(
             self.save,
-            with_merge(self.config.unet, recipe.stages[-1].kind),
+            config,
             trained,
             metadata,
             DTYPES[recipe.output_dtype],
@@ -137,7 +158,7 @@ class Tuning:
 
     def save(
         self,
-        config: UNetConfig,
+        config: ModelConfig,
         trained: dict[str, Tensor],
         metadata: checkpoint.Metadata,
         dtype: torch.dtype,
@@ -146,9 +167,9 @@ class Tuning:
         """The model of the file with `trained` in its place: what was frozen is taken from there, not from the run,
         which may have rounded it."""
         model = checkpoint.load(self.recipe.checkpoint, dtype=None)
-        unet = rebuilt(model.unet, config)
+        unet = rebuilt(model.unet, config.unet)
         unet.load_state_dict(trained, strict=False)
-        model = replace(model, config=replace(model.config, unet=config), unet=unet)
+        model = replace(model, config=config, unet=unet)
         checkpoint.save(output, model, metadata, dtype=dtype)
 
     def denoiser(
@@ -195,21 +216,44 @@ class Tuning:
             found.append(Event(recipe.samples.every, previews))
         return found
 
-    def data(self, datasets: Sequence[DatasetConfig], schedule: Schedule, seed: int) -> Data:
+    def data(
+        self, datasets: Sequence[DatasetConfig], schedule: Schedule, seed: int, windows: Windows | None = None
+    ) -> Data:
         """Batches for a stage, drawn or from disk."""
-        return self.from_disk(datasets, schedule, seed) if datasets else self.drawn(schedule, seed)
+        return self.from_disk(datasets, schedule, seed) if datasets else self.drawn(schedule, seed, windows)
 
-    def drawn(self, schedule: Schedule, seed: int) -> Data:
-        """Clips of moving shapes."""
-        recipe, config, work = self.recipe, self.config, self.work
-        count = min(recipe.clips, 2 * DRY_STEPS) if work.dry else recipe.clips
-        clips = MovingShapes(count, config.frames, config.height, config.width, recipe.seed + 3, returns=recipe.returns)
-        autoencoder = self.model.autoencoder.to(work.device)
-        latents = encode_clips(autoencoder, clips, config, recipe.workers, work.accelerator)
-        autoencoder.cpu()
-        batches = LatentBatches(latents, schedule.batch_size, None, 1, seed, work.process)
+    def drawn(self, schedule: Schedule, seed: int, windows: Windows | None) -> Data:
+        """Clips of moving shapes, and by turns windows of longer ones."""
+        recipe, config, process = self.recipe, self.config, self.work.process
+        size, drawn = (config.height, config.width), recipe.seed + 3
+        count = self.few(recipe.clips)
+        clips = MovingShapes(count, config.frames, *size, drawn, returns=recipe.returns)
+        batches: Callable[[int], Iterator[Latents]]
+        batches = LatentBatches(self.latents(clips), schedule.batch_size, None, 1, seed, process)
+        fingerprint = f"{count} drawn clips, seed {drawn}"
+        if windows is not None:
+            longest = min(windows.frames, config.unet.temporal_positions or windows.frames)
+            if longest < 2 * config.frames:
+                raise ValueError(f"windows: twice {config.frames} frames are more than the {longest} that there are")
+            count = self.few(windows.clips)
+            long = LongShapes(count, windows.frames, config.frames, *size, drawn + 1)
+            other = WindowBatches(
+                self.latents(long), windows.condition, schedule.batch_size, config.frames, seed, process
+            )
+            batches, fingerprint = ByTurns(batches, other), f"{fingerprint}; {count} long ones"
         empty = Tokenizer(pad_token(config.text), config.text.max_tokens)("")
-        return Data(batches, (), empty, f"{count} drawn clips, seed {recipe.seed + 3}")
+        return Data(batches, (), empty, fingerprint)
+
+    def few(self, clips: int) -> int:
+        """How many of so many drawn clips a run needs."""
+        return min(clips, 2 * DRY_STEPS) if self.work.dry else clips
+
+    def latents(self, clips: MovingShapes) -> Latents:
+        """Drawn clips, encoded."""
+        autoencoder = self.model.autoencoder.to(self.work.device)
+        latents = encode_clips(autoencoder, clips, self.config, self.recipe.workers, self.work.accelerator)
+        autoencoder.cpu()
+        return latents
 
     def from_disk(self, datasets: Sequence[DatasetConfig], schedule: Schedule, seed: int) -> Data:
         """Samples of the datasets, through the cache or decoded at every step."""

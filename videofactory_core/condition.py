@@ -8,7 +8,7 @@ pictures and from other clips, without any new channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,11 @@ class Condition:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not a share; use a number from 0 to 1")
 
+    @property
+    def gives_frames(self) -> bool:
+        """Whether it ever gives any."""
+        return any(weight for name, weight in asdict(self.frames).items() if name != "none")
+
     def draw(self, like: Tensor, uniform: Callable[..., Tensor]) -> Drawn:
         """Draw for clips `like [B, C, F, H, W]`; `uniform(like, *shape)` gives `[B, *shape]` in 0..1.
 
@@ -86,9 +91,9 @@ class Condition:
                 each < how_many,
             ]
         )
-        ends = torch.tensor(astuple(self.frames), dtype=torch.float64, device="cpu").cumsum(0)
-        chosen = torch.searchsorted(ends / ends[-1], kind.double().cpu(), right=True).clamp(max=len(masks) - 1)
-        given = masks.gather(0, chosen.to(like.device).expand_as(each)[None])[0]
+        ends = torch.tensor(astuple(self.frames), device=like.device).cumsum(0)
+        chosen = (kind >= ends[:-1] / ends[-1]).sum(dim=1)
+        given = masks[chosen, torch.arange(len(each), device=like.device)]
         given = given & ~given.all(dim=1, keepdim=True)
         return Drawn(
             given,

@@ -106,6 +106,11 @@ class Objective:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is below 0; use 0 to switch it off")
 
+    @property
+    def gives_frames(self) -> bool:
+        """Whether what is trained so learns what given frames are."""
+        return self.condition is not None and self.condition.gives_frames
+
     def drops(self, like: Tensor, process: Process) -> Tensor:
         """Which of the clips of `like [B, ...]` lose their caption: `[B]`, bool."""
         return process.uniform(like) < self.caption_dropout
