@@ -10,6 +10,8 @@ BENCHMARKS = {
     "unet": ("unet", "against_diffusers"),
     "swap": ("unet", "cost_of_swap_attention"),
     "demo": ("demo", "report"),
+    "given": ("given", "report"),
+    "long": ("long", "report"),
     "command": ("command", "report"),
     "gpu": ("gpu", "report"),
     "training": ("training", "report"),

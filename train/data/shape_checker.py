@@ -67,20 +67,11 @@ def check(video: Tensor) -> Verdict:
     Colour, shape and background are what more than half of the frames show; the direction is the axis along which
     the object's centre moves at least twice as far as along the other. Raises `ValueError` for another layout.
     """
-    if video.ndim != 4 or video.shape[0] != 3 or video.numel() == 0:
-        raise ValueError(
-            f"Give the clip to check as a tensor [3, F, H, W] of one frame or more, not {list(video.shape)}."
-        )
-    width = max(1, round(video.shape[3] * HEIGHT / video.shape[2]))
-    frames = rearrange(video.detach().float().cpu(), "C F H W -> F C H W").clamp(-1, 1).add(1).div(2)
-    frames = F.interpolate(frames, (HEIGHT, width), mode="bilinear", antialias=True)
-
+    frames = shown(video)
     behind = border_colour(frames)
     foreground = find_foreground(frames, behind)
-    mask = largest_component(foreground)
-    mask = mask & (area(mask) >= MIN_AREA)[:, None, None]
-    areas = area(mask)
-    centres = centre(mask)
+    mask = find_object(foreground)
+    areas, centres = area(mask), centre(mask)
     seen = areas > 0
     return Verdict(
         colour=majority([name_colour(rgb) for rgb in core_colour(frames, mask)]),
@@ -89,6 +80,27 @@ def check(video: Tensor) -> Verdict:
         background=majority([name_background(rgb) for rgb in behind]),
         steady=bool(seen.all()) and is_steady(areas, area(largest_component(foreground & ~mask)), centres),
     )
+
+
+def follow(video: Tensor) -> Tensor:
+    """Where the object's centre is in every frame of a clip `[3, F, H, W]` in -1..1: `[F, 2]` in picture heights.
+
+    x and y are nan where there is no object. Raises `ValueError` for another layout.
+    """
+    frames = shown(video)
+    mask = find_object(find_foreground(frames, border_colour(frames)))
+    return centre(mask).masked_fill(area(mask)[:, None] == 0, torch.nan)
+
+
+def shown(video: Tensor) -> Tensor:
+    """A clip `[3, F, H, W]` in -1..1 as frames `[F, 3, H, W]` in 0..1 of the height at which clips are judged."""
+    if video.ndim != 4 or video.shape[0] != 3 or video.numel() == 0:
+        raise ValueError(
+            f"Give the clip to check as a tensor [3, F, H, W] of one frame or more, not {list(video.shape)}."
+        )
+    width = max(1, round(video.shape[3] * HEIGHT / video.shape[2]))
+    frames = rearrange(video.detach().float().cpu(), "C F H W -> F C H W").clamp(-1, 1).add(1).div(2)
+    return F.interpolate(frames, (HEIGHT, width), mode="bilinear", antialias=True)
 
 
 def summarise(results: Iterable[tuple[Combination, Verdict]]) -> dict[str, float]:
@@ -127,6 +139,12 @@ def find_foreground(frames: Tensor, behind: Tensor) -> Tensor:
     rank = min(round(MIN_AREA * HEIGHT**2), difference[0].numel())
     contrast = difference.flatten(1).topk(rank).values[:, -1].median()
     return difference > max(contrast.item(), MIN_CONTRAST) / 2
+
+
+def find_object(foreground: Tensor) -> Tensor:
+    """The largest component `[F, H, W]` of each frame's foreground; empty where that is too small for an object."""
+    mask = largest_component(foreground)
+    return mask & (area(mask) >= MIN_AREA)[:, None, None]
 
 
 def largest_component(foreground: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""Given frames and long clips: what a step costs with and without, what chunks cost, and whether 600 frames drift.
+
+Times are taken in turns; memory is the highest of a process of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from videofactory_train.data.moving_shapes import LongShapes
+
+from videofactory_core import checkpoint
+from videofactory_core.long import generate_long
+from videofactory_core.pipeline import generate
+
+from .rounds import seconds
+
+PROMPT = "a red circle moving right on a black background"
+CLIP, CHUNK, OVERLAP, FRAMES = 16, 32, 4, 600
+# Chunks that are timed.
+CHUNKS = 4
+BAR_STEP, BAR_CHUNKS, BAR_MEMORY = 1.02, 1.15, 1.05
+
+PEAK = """
+import sys
+sys.path.insert(0, "tests")
+from benchmarks.long import pieces
+from peak import peak_bytes
+for _ in pieces(int(sys.argv[1]), steps=2):
+    pass
+print(peak_bytes())
+"""
+
+
+def pieces(num_frames: int, steps: int = 25) -> Iterator[Tensor]:
+    """A long clip of the demo, in pieces."""
+    warnings.simplefilter("ignore")
+    model = checkpoint.load(checkpoint.DEMO)
+    yield from generate_long(model, PROMPT, num_frames=num_frames, chunk=CHUNK, overlap=OVERLAP, steps=steps)
+
+
+def look(frames: Tensor) -> Tensor:
+    """Brightness and saturation of frames `[F, H, W, 3]`: their means, `[2]`."""
+    frames = frames.clamp(0, 1)
+    return torch.stack([frames.mean(), (frames.amax(dim=3) - frames.amin(dim=3)).mean()])
+
+
+def drift(clips: Iterable[Tensor]) -> tuple[float, float]:
+    """How far brightness and saturation of later pieces lie from those of the first, at most."""
+    looks = torch.stack([look(clip) for clip in clips])
+    brightness, saturation = (looks - looks[0]).abs().amax(dim=0).tolist()
+    return brightness, saturation
+
+
+def peak(num_frames: int) -> int:
+    """Bytes that a process holds at most which makes a clip of so many frames."""
+    folder = Path(__file__).parent.parent
+    command = [sys.executable, "-c", PEAK, str(num_frames)]
+    return int(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout)
+
+
+def report() -> None:
+    """Print everything as Markdown."""
+    warnings.simplefilter("ignore")
+    cpu = torch.device("cpu")
+    model = checkpoint.load(checkpoint.DEMO)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n| | here | bar |\n|---|---|---|")
+
+    first = {0: generate(model, PROMPT, steps=5)[0]}
+    long = CHUNK + (CHUNKS - 1) * (CHUNK - OVERLAP)
+    took = seconds(
+        {
+            "plain": lambda: generate(model, PROMPT),
+            "given": lambda: generate(model, PROMPT, given=first),
+            "long": lambda: sum(
+                len(piece) for piece in generate_long(model, PROMPT, num_frames=long, chunk=CHUNK, overlap=OVERLAP)
+            ),
+        },
+        cpu,
+    )
+    given = median(a / b for a, b in zip(took["given"], took["plain"], strict=True))
+    chunked = median(a / (b * long / CLIP) for a, b in zip(took["long"], took["plain"], strict=True))
+    print(f"| a clip with its first frame given / without, time | {given:.3f} | {BAR_STEP} |")
+    print(f"| {long} frames / as many in clips of {CLIP}, time | {chunked:.3f} | {BAR_CHUNKS} |")
+    print(f"| peak memory of {FRAMES} frames / of 64 | {peak(FRAMES) / peak(64):.3f} | {BAR_MEMORY} |", flush=True)
+
+    # The same words for as long; pieces of 28 frames as those that are made.
+    shapes = LongShapes(8, FRAMES, CLIP, model.config.height, model.config.width, seed=5)
+    drawn = [
+        drift(piece.permute(1, 2, 3, 0) / 2 + 0.5 for piece in shapes[index]["video"].split(CHUNK - OVERLAP, dim=1))
+        for index in range(len(shapes))
+    ]
+    found = drift(pieces(FRAMES))
+    for name, here, bounds in zip(("brightness", "saturation"), found, zip(*drawn, strict=True), strict=True):
+        print(f"| {name} of {FRAMES} frames, largest difference from the first | {here:.4f} | {max(bounds):.4f} |")
