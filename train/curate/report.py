@@ -19,6 +19,7 @@ import numpy as np
 
 from videofactory_core.atomic import write_text
 
+from ..page import page, table
 from .curation import Curation, rows_of
 from .decide import Decision, Rules, decide
 from .figures import Bars, Histogram, draw_bars, draw_histogram
@@ -174,31 +175,14 @@ def _strips(clips: pa.Table) -> Iterator[Strip]:
 
 
 STYLE = """
-:root {
-  color-scheme: light dark;
-  --ground: #fff; --ink: #222; --faint: #666; --line: #ddd; --bar: #3b6ea5; --mark: #c0392b;
-}
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #17191c; --ink: #e6e6e6; --faint: #a5a8ad; --line: #3a3d42; --bar: #6ea3dc; --mark: #ff8577; }
-}
-body {
-  font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
-  color: var(--ink); background: var(--ground);
-}
-h1, h2, h3 { font-weight: 600; line-height: 1.25; } h2 { margin-top: 2.5rem; } h3 { font-size: 1rem; }
+.box:has(.errors) { max-height: 36rem; }
 h4 { font-size: .85rem; font-weight: 400; color: var(--faint); margin: .75rem 0 .25rem; }
-.box { overflow: auto; margin: 1rem 0; } .box:has(.errors) { max-height: 36rem; }
-table { border-collapse: collapse; } tr + tr { border-top: 1px solid var(--line); }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; }
 .rules td { white-space: pre-line; font-variant-numeric: tabular-nums; color: var(--faint); }
 .rules td::first-line { color: var(--ink); } .rules :is(th, td) + * { text-align: right; }
 .rules td + td { white-space: pre; }
 .errors { table-layout: fixed; width: 100%; } .errors th:nth-child(2) { width: 4rem; }
 .errors td { white-space: pre-line; overflow-wrap: anywhere; font-size: .85rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem 2.5rem; }
-figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .4rem; }
-svg { display: block; width: 100%; } svg rect { fill: var(--bar); } svg line { stroke: var(--line); }
-svg text { font-size: 11.5px; fill: var(--faint); } svg text.threshold { fill: var(--mark); font-weight: 600; }
+svg text.threshold { fill: var(--mark); font-weight: 600; }
 svg line.threshold { stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 4 3; }
 .strip { display: flex; gap: .6rem; overflow-x: auto; padding-bottom: .5rem; }
 .clip { width: 160px; flex: none; font-size: 12px; line-height: 1.35; overflow-wrap: anywhere; }
@@ -238,12 +222,7 @@ def _page(
             parts.append(f'<h4>{escape(strip.title)}</h4><div class="strip" tabindex="0">{clips}</div>')
     errors = [*((name, f"scenes: {error}") for name, error in failed), *numbers.errors]
     parts += [f"<h2>Errors ({len(errors):,})</h2>", _errors(errors) if errors else "<p>None.</p>"]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Curation</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style><body>'
-        f"{''.join(parts)}</body></html>\n"
-    )
+    return page("Curation", POLICY, STYLE, parts)
 
 
 def _removals(numbers: Numbers, rules: Rules) -> str:
@@ -259,7 +238,7 @@ def _removals(numbers: Numbers, rules: Rules) -> str:
     if left > numbers.kept:
         rows.append(("errors\nno stage fails", "", "", f"{left - numbers.kept:,}", f"{numbers.kept:,}"))
     head = ("rule", "break it", "share", "removed in order", "left")
-    return _table("rules", head, rows)
+    return table("rules", head, rows)
 
 
 def _clip(cell: Cell, score: str) -> str:
@@ -285,15 +264,9 @@ def _errors(errors: Sequence[tuple[str, str]]) -> str:
     rows = [(error, f"{len(found):,}", _some(found)) for error, found in alike[:LISTED]]
     told = ", ".join(f"{stage} {number:,}" for stage, number in stages.most_common())
     left_out = f" The {LISTED:,} most frequent follow; report.json has all." if len(alike) > LISTED else ""
-    return f"<p>{escape(told)}.{left_out}</p>{_table('errors', ('error', 'number', 'clip or source'), rows)}"
+    return f"<p>{escape(told)}.{left_out}</p>{table('errors', ('error', 'number', 'clip or source'), rows)}"
 
 
 def _some(names: Sequence[str]) -> str:
     more = [f"and {len(names) - NAMED:,} more"] if len(names) > NAMED else []
     return "\n".join([*names[:NAMED], *more])
-
-
-def _table(kind: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="box" tabindex="0"><table class="{kind}"><tr>{names}</tr>{lines}</table></div>'

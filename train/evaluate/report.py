@@ -15,6 +15,7 @@ import numpy as np
 from videofactory_core.atomic import write_text
 
 from ..curate.figures import Histogram, draw_histogram
+from ..page import page, table
 from .result import Result, ScoredClip, Scores, check_comparable, metrics_of
 
 PLAYED, SHOWN = (".mp4", ".webm", ".m4v", ".mov", ".ogv", ".mkv"), (".gif",)
@@ -120,31 +121,14 @@ def _settings(scores: Scores) -> Iterator[tuple[str, str]]:
 # The page
 
 STYLE = """
-:root {
-  color-scheme: light dark;
-  --ground: #fff; --ink: #222; --faint: #666; --line: #ddd; --bar: #3b6ea5; --mark: #c0392b;
-}
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #17191c; --ink: #e6e6e6; --faint: #a5a8ad; --line: #3a3d42; --bar: #6ea3dc; --mark: #ff8577; }
-}
-body {
-  font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-  color: var(--ink); background: var(--ground); overflow-wrap: anywhere;
-}
-h1, h2, h3 { font-weight: 600; line-height: 1.25; } h2 { margin-top: 2.5rem; } h3 { font-size: 1rem; }
+body { overflow-wrap: anywhere; } .box { max-height: 36rem; }
 a { color: var(--bar); }
-.box { overflow: auto; margin: 1rem 0; max-height: 36rem; }
-table { border-collapse: collapse; overflow-wrap: normal; } tr + tr { border-top: 1px solid var(--line); }
-th, td { padding: .3rem 1.2rem .3rem 0; text-align: left; vertical-align: top; }
+table { overflow-wrap: normal; }
 td { font-variant-numeric: tabular-nums; } .results :is(th, td) { white-space: nowrap; }
 .results :is(th, td):is(:nth-child(2), :nth-child(4), :nth-child(6)) { text-align: right; }
 .results td + td + td { color: var(--faint); }
 .left td { overflow-wrap: anywhere; font-size: .85rem; min-width: 7rem; }
 small, dd, dt { font-size: .8rem; color: var(--faint); } li { margin: .2rem 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem 2.5rem; }
-figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .4rem; }
-svg { display: block; width: 100%; } svg rect { fill: var(--bar); } svg line { stroke: var(--line); }
-svg text { font-size: 11.5px; fill: var(--faint); }
 .order { display: flex; flex-wrap: wrap; gap: .5rem 1rem; margin: 1rem 0; } select { font: inherit; max-width: 100%; }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1.5rem; }
 .clip { content-visibility: auto; contain-intrinsic-size: auto 20rem; min-width: 0; line-height: 1.35; }
@@ -192,7 +176,7 @@ def _page(scores: Scores) -> str:
     parts = [f"<h1>{title}</h1>", f"<p>Generated: {escape(scores.generated)}</p>"]
     if scores.real:
         parts.append(f"<p>Real: {escape(scores.real)}</p>")
-    parts.append(_table("results", HEAD, [_cells(result, scores) for result in scores.results]))
+    parts.append(table("results", HEAD, [_cells(result, scores) for result in scores.results]))
     if scores.notes:
         parts.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in scores.notes)}</ul>")
     keys = list(dict.fromkeys(key for clip in scores.clips for key in clip.scores))
@@ -203,15 +187,10 @@ def _page(scores: Scores) -> str:
     parts += [_clip(clip, keys) for clip in scores.clips]
     parts.append("</div>")
     if scores.left_out:
-        parts += [f"<h2>Left out ({len(scores.left_out):,})</h2>", _table("left", ("video", "why"), scores.left_out)]
+        parts += [f"<h2>Left out ({len(scores.left_out):,})</h2>", table("left", ("video", "why"), scores.left_out)]
     told = "".join(f"<h3>{escape(names)}</h3><p><small>{escape(some)}</small></p>" for names, some in _settings(scores))
     parts.append(f"<h2>Settings</h2>{told}")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style><body>'
-        f"{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
-    )
+    return page(title, POLICY, STYLE, parts, SCRIPT)
 
 
 def _histograms(scores: Scores, keys: Sequence[str]) -> Iterator[str]:
@@ -259,9 +238,3 @@ def address_of(path: str) -> str:
             return kind(path).as_uri()
     # A colon would make a scheme of what stands before it.
     return quote(path, errors="surrogateescape")
-
-
-def _table(kind: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="box" tabindex="0"><table class="{kind}"><tr>{names}</tr>{lines}</table></div>'
