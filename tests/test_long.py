@@ -74,6 +74,8 @@ def test_frames_given_at_the_end_alone_are_led_up_to() -> None:
 def test_chunks_that_would_add_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot overlap by 4"):
         list(chunks(20, 4, 4))
+    with pytest.raises(ValueError, match="use 2 or more"):
+        list(chunks(20, 1, 1))
 
 
 def test_one_chunk_is_what_the_pipeline_makes(model: Model) -> None:
@@ -106,7 +108,8 @@ def test_a_chunk_follows_what_it_knows(model: Model) -> None:
     frames = drawn(2)
     known = {0: frames[0], 1: frames[1]}
     other = {0: frames[0], 1: frames[0]}
-    assert not torch.equal(long(model, num_frames=8, given=known)[2:], long(model, num_frames=8, given=other)[2:])
+    one, two = (long(model, num_frames=8, overlap=2, given=frames)[2:] for frames in (known, other))
+    assert not torch.equal(one, two)
 
 
 def test_guidance_over_frames_changes_what_is_made_and_one_does_not(model: Model) -> None:
@@ -142,7 +145,7 @@ def test_a_model_that_never_learned_it_works_with_a_warning(debug_checkpoint: Pa
         made = generate(untrained, PROMPT, steps=2, given={0: drawn(1)[0]})
     assert made.isfinite().all()
     with pytest.warns(UserWarning, match="image-to-video-16gb"):
-        long(untrained, num_frames=8)
+        long(untrained, num_frames=8, overlap=2)
 
 
 def test_memory_does_not_grow_with_the_length(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

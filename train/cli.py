@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import commands
-from .arguments import add_device, add_sampling, lora, size
+from .arguments import add_chunks, add_device, add_given, add_sampling, lora, size
 from .evaluate import command as evaluate
+from .generate import run_generate
 
 EPILOG = """\
 examples:
   videofactory generate "a red circle moving right on a black background"
   videofactory generate "a blue square moving up on a white background" --seed 7 --out square.gif
+  videofactory generate "a red circle moving right on a black background" --first-frame circle.png
+  videofactory generate "" --extend clip.mp4 --length 5 --out longer.mp4
   videofactory upscale clip.mp4 --out large.mp4
   videofactory inspect model.safetensors
   videofactory data check clips --sheet clips.jpg
@@ -46,10 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """`curate report` and `curate export` are commands of their own, whatever else follows `curate`."""
-    if list(arguments[:1]) == ["curate"] and arguments[1:2] and arguments[1] in ("report", "export"):
-        return [f"curate-{arguments[1]}", *arguments[2:]]
-    return list(arguments)
+    """`curate report` and `curate export` are commands of their own, whatever else follows `curate`.
+
+    And `--frame -1=IMAGE` has a value that looks like an option.
+    """
+    joined = list(arguments)
+    if joined[:1] == ["curate"] and joined[1:2] and joined[1] in ("report", "export"):
+        return [f"curate-{joined[1]}", *joined[2:]]
+    for place in range(len(joined) - 1, 0, -1):
+        if joined[place - 1] == "--frame" and re.match(r"-\d+=", joined[place]):
+            joined[place - 1 : place + 1] = [f"--frame={joined[place]}"]
+    return joined
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="number of the noise to start from (default: 0)")
     add_sampling(generate)
     add_device(generate)
+    add_given(generate)
+    add_chunks(generate)
     generate.add_argument(
         "--batch", type=int, default=1, metavar="N", help="clips to make, with seeds counting up (default: 1)"
     )
@@ -75,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--upscaler", type=Path, metavar="FILE", help="upscaler to use, an RCAN (default: that of this package)"
     )
-    generate.set_defaults(run=commands.run_generate)
+    generate.set_defaults(run=run_generate)
 
     upscale = kinds.add_parser(
         "upscale",

@@ -6,47 +6,24 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from videofactory_core.upscaler import Upscaler
-
-
-def output_files(options: argparse.Namespace) -> list[Path]:
-    """One file a clip; several get their number before the suffix."""
-    if options.batch < 1:
-        raise ValueError(f"a batch of {options.batch} makes nothing; ask for 1 or more")
-    name = re.sub(r"[^a-z0-9]+", "-", options.prompt.lower()).strip("-")[:60].strip("-") or "clip"
-    out = options.out or Path(f"{name}-seed{options.seed}.mp4")
-    if options.batch == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(options.batch)]
-
-
-def best_device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """What --device and --dtype say, else the best device, and half precision but on a CPU."""
     import torch
 
-    try:
-        device = torch.device(options.device or best_device())
-    except RuntimeError as error:
-        raise ValueError(f"there is no device {options.device!r}; try cpu, cuda or mps") from error
+    from videofactory_core.memory import pick_device
+
+    device = pick_device(options.device or "auto")
     return device, getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
 
 
@@ -55,66 +32,6 @@ def load_upscaler(path: Path | None, device: torch.device, dtype: torch.dtype) -
     from videofactory_core.upscaler import BUNDLED, load
 
     return load(path or BUNDLED).prepare(device, dtype)
-
-
-def run_generate(options: argparse.Namespace) -> None:
-    """Prompt to file: everything that can be refused is refused before the model is loaded."""
-    from videofactory_core.video import check_writable
-
-    files = output_files(options)
-    for file in files:
-        check_writable(file)
-    if options.upscaler and not options.upscale:
-        raise ValueError("--upscaler names a network that nothing uses; add --upscale, or leave it out")
-
-    from tqdm import tqdm
-
-    from videofactory_core import adapters, checkpoint
-    from videofactory_core.pipeline import generate
-    from videofactory_core.upscaler import BUNDLED, upscale
-    from videofactory_core.video import check_fps, write_frames
-
-    path = options.checkpoint or checkpoint.DEMO
-    device, dtype = device_and_dtype(options)
-    upscaler = load_upscaler(options.upscaler, device, dtype) if options.upscale else None
-    loras = [(adapters.read(file), strength) for file, strength in options.lora]
-    model = checkpoint.load(path, device=device, dtype=dtype)
-    for change, strength in loras:
-        adapters.merge(model, change, strength)
-    width, height = options.size or (model.config.width, model.config.height)
-    num_frames = model.config.frames if options.frames is None else options.frames
-    fps = model.config.fps if options.fps is None else options.fps
-    for file in files:
-        check_fps(file, fps)
-
-    for i, file in enumerate(files):
-        request: dict[str, Any] = {
-            "prompt": options.prompt,
-            "negative_prompt": options.negative_prompt,
-            "num_frames": num_frames,
-            "width": width,
-            "height": height,
-            "steps": options.steps,
-            "guidance_scale": options.guidance_scale,
-            "sampler": options.sampler,
-            "seed": options.seed + i,
-        }
-        with tqdm(total=options.steps, desc=file.name, unit="step") as bar:
-            clip = generate(model, **request, on_step=lambda *_, bar=bar: bar.update())  # type: ignore[misc]
-        frames: Iterable[Tensor] = clip
-        if upscaler is not None:
-            large = upscale(upscaler, clip.clamp(0, 1), upscaler.config.scale, device=device)
-            frames = tqdm(large, "upscale", len(clip), unit="frame")
-        settings = {
-            **request,
-            "fps": fps,
-            "checkpoint": Path(path).name,
-            "title": model.metadata.title,
-            "loras": [f"{change.path.name}:{strength:g}" for change, strength in loras],
-            **({"upscaler": (options.upscaler or BUNDLED).name} if options.upscale else {}),
-        }
-        write_frames(file, frames, fps, {"videofactory": json.dumps(settings, ensure_ascii=False)})
-        print(file)
 
 
 def run_upscale(options: argparse.Namespace) -> None:

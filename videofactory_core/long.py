@@ -45,6 +45,8 @@ def chunks(num_frames: int, length: int, overlap: int, given: Collection[int] = 
     last frame given in a chunk is made by the next chunk, which knows how it goes on. With frames given at the end and
     none at the start they go backward. Raises ValueError where nothing would be left of a chunk.
     """
+    if length < 2:
+        raise ValueError(f"a chunk of {length} frames knows none of the one before; use 2 or more")
     if not 1 <= overlap < length:
         raise ValueError(f"chunks of {length} frames cannot overlap by {overlap}; use 1 to {length - 1}")
     if num_frames - 1 in given and 0 not in given:
@@ -106,16 +108,18 @@ def generate_long(
     before the first piece.
     """
     config = model.config
-    length = min(num_frames, chunk or config.frames)
+    length = config.frames if chunk is None else chunk
+    most = min(num_frames, length)
     width, height = width or config.width, height or config.height
-    check_request(config, length + anchors, width, height, guidance_scale, sampler, steps)
+    check_request(config, most + anchors, width, height, guidance_scale, sampler, steps)
     given = given or {}
     check_given(given, num_frames, width, height)
-    plan = [*chunks(num_frames, length, min(overlap, max(1, length - 1)), given)] if length > 1 else []
-    plan = plan or [Chunk(0, num_frames, 0, num_frames)]
+    plan = [Chunk(0, num_frames, 0, num_frames)]
+    if num_frames > length:
+        plan = [*chunks(num_frames, length, overlap, given)]
     if given or len(plan) > 1:
         warn_of_given(config)
-    check_memory(config, length + anchors, width, height, next(model.unet.parameters()))
+    check_memory(config, most + anchors, width, height, next(model.unet.parameters()))
     context = encode_prompts(model, prompt, negative_prompt, guidance_scale)
     settings: dict[str, Any] = {
         "steps": steps,

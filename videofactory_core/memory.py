@@ -1,10 +1,20 @@
-"""How much memory there is, and what it looks like when it is not enough."""
+"""Which device there is, how much memory it has, and what it looks like when that is not enough."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`, or the best there is for "auto"; ValueError for one that torch does not know."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {name!r}; try cpu, cuda or mps") from error
 
 
 def total_memory(device: torch.device) -> int | None:

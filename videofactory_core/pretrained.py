@@ -61,13 +61,6 @@ def load_model(setting: str, kind: Any, folder: str, device: torch.device, dtype
     return model.to(device).eval().requires_grad_(False)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, or the best there is for "auto"."""
-    import torch
-
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 def _dtype(setting: str, folder: str, device: torch.device) -> torch.dtype:
     import torch
     from transformers import AutoConfig

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from videofactory_core.pretrained import lacking, load, load_model, pick_device
+from videofactory_core.memory import pick_device
+from videofactory_core.pretrained import lacking, load, load_model
 
 from .keyframe import read_pictures
 from .stage import Row, Stage, Work

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from videofactory_core.language import KEY, LocalModel, Server, is_address, line, no_thoughts, pad_in_front
-from videofactory_core.pretrained import lacking, load, load_model, pick_device
+from videofactory_core.memory import pick_device
+from videofactory_core.pretrained import lacking, load, load_model
 
 from .keyframe import read_pictures
 from .stage import Row, Stage, Work

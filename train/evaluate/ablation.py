@@ -26,7 +26,7 @@ from videofactory_core import checkpoint
 from videofactory_core.atomic import write_text
 from videofactory_core.config import PRESETS, from_dict
 from videofactory_core.diffusion import Schedule as NoiseSchedule
-from videofactory_core.memory import is_out_of_memory
+from videofactory_core.memory import is_out_of_memory, pick_device
 from videofactory_core.objective import quantile_levels
 from videofactory_core.pipeline import generate
 from videofactory_core.unet.model import VideoUNet
@@ -325,9 +325,7 @@ def workload_of(recipe: UNetRecipe, budget: Budget) -> Workload:
 
 def device_of(recipe: UNetRecipe) -> str:
     """Where the recipe computes: what it asks for, or the best there is."""
-    if recipe.device != "auto":
-        return recipe.device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return pick_device(recipe.device).type
 
 
 def ablation(

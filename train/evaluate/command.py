@@ -154,7 +154,7 @@ def _add_ablation(jobs: Any) -> None:
 
 def run_score(options: argparse.Namespace) -> None:
     """Measure, write results and report, and print the table."""
-    from videofactory_core.pretrained import pick_device
+    from videofactory_core.memory import pick_device
 
     from .metrics import INCEPTION, STEADINESS, open_metrics
     from .report import markdown, write_report

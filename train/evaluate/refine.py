@@ -24,7 +24,8 @@ from videofactory_core.language import (
     refined,
     request,
 )
-from videofactory_core.pretrained import lacking, pick_device
+from videofactory_core.memory import pick_device
+from videofactory_core.pretrained import lacking
 
 # Prompts that are asked about at once. When a server fails all of them, it is asked no more.
 AT_ONCE = 8
