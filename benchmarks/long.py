@@ -30,12 +30,11 @@ BAR_STEP, BAR_CHUNKS, BAR_MEMORY = 1.02, 1.15, 1.05
 
 PEAK = """
 import sys
-sys.path.insert(0, "tests")
 from benchmarks.long import pieces
-from peak import peak_bytes
+from videofactory_core.memory import peak_memory
 for _ in pieces(int(sys.argv[1]), steps=2):
     pass
-print(peak_bytes())
+print(peak_memory())
 """
 
 

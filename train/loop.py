@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from videofactory_core.memory import peak_memory
 from videofactory_core.objective import learning_rate_share, seed_for
 
 from . import optimizer as optimizers
@@ -198,15 +198,7 @@ def peak_gib(device: torch.device) -> float:
     """The most memory that was in use: of the GPU by PyTorch, or, on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):
-        return memory.peak_wset / 2**30
-    import resource
-    import sys
-
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_memory() / 2**30
 
 
 def train(
