@@ -31,7 +31,7 @@ BAR_STEP, BAR_CHUNKS, BAR_MEMORY = 1.02, 1.15, 1.05
 PEAK = """
 import sys
 from benchmarks.long import pieces
-from videofactory_core.memory import peak_memory
+from videofactory_train.processes import peak_memory
 for _ in pieces(int(sys.argv[1]), steps=2):
     pass
 print(peak_memory())

@@ -6,7 +6,7 @@ import importlib
 import logging
 from typing import Any
 
-ROOMS = ("load", "refine", "write", "sample", "decode", "upscale", "train")
+ROOMS = ("load", "refine", "write", "sample", "long", "decode", "condition", "upscale", "train")
 
 
 def extension() -> Any:

@@ -81,14 +81,19 @@ class Encode(io.ComfyNode):
 
     @classmethod
     def execute(cls, frames: Tensor, vae: Any, frames_per_chunk: int) -> io.NodeOutput:
-        if not len(frames):
-            raise ValueError("there are 0 frames to encode: give at least 1")
-        parts = []
-        for piece in pieces(len(frames), frames_per_chunk or len(frames)):
-            parts.append(vae.encode(frames[piece, :, :, :3]))
-            if parts[-1].ndim != 4:
-                raise ValueError("this VAE belongs to another family of models: connect the VAE of Load VideoFactory")
-        return io.NodeOutput({"samples": torch.cat(parts), host.FRAMES: len(frames)})
+        return io.NodeOutput({"samples": encode(frames, vae, frames_per_chunk), host.FRAMES: len(frames)})
+
+
+def encode(frames: Tensor, vae: Any, frames_per_chunk: int = 0) -> Tensor:
+    """Latents `[F, C, h, w]` of frames `[F, H, W, 3 or 4]` in 0..1, so many at a time; 0 lets free memory decide."""
+    if not len(frames):
+        raise ValueError("there are 0 frames to encode: give at least 1")
+    parts = []
+    for piece in pieces(len(frames), frames_per_chunk or len(frames)):
+        parts.append(vae.encode(frames[piece, :, :, :3]))
+        if parts[-1].ndim != 4:
+            raise ValueError("this VAE belongs to another family of models: connect the VAE of Load VideoFactory")
+    return torch.cat(parts)
 
 
 NODES = [Decode, Encode]

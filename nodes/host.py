@@ -39,6 +39,11 @@ OPTIONS = "videofactory"
 FRAMES = "videofactory_frames"
 # In a CONDITIONING: prompts for key frames.
 SCHEDULE = "videofactory_schedule"
+# What to know of given frames where a model has never seen any.
+UNTRAINED = (
+    "This model was never trained on given frames, so they are blended in as noise and may not be followed:"
+    " train it with train/recipes/image-to-video-16gb.toml."
+)
 # Stable Diffusion's latents; previews of others come from the checkpoint.
 SD_SCALE_FACTOR = 0.18215
 
@@ -211,11 +216,7 @@ class HostUNet(VideoUNet):
 
         num_frames = num_video_frames or x.shape[0]
         self.check_length(num_frames)
-        if x.shape[0] % num_frames:
-            raise ValueError(
-                f"{x.shape[0]} latent frames do not divide into clips of {num_frames}:"
-                " use the frames of Empty VideoFactory Latent everywhere"
-            )
+        check_clips(x.shape[0], num_frames)
         clips = rearrange(x, "(B F) C H W -> B C F H W", F=num_frames)
         timesteps = rearrange(timesteps, "(B F) -> B F", F=num_frames)
         context = rearrange(context, "(B F) L D -> B F L D", F=num_frames)
@@ -234,8 +235,27 @@ class HostUNet(VideoUNet):
             )
 
 
+def check_clips(count: int, num_frames: int) -> None:
+    """Refuse with a ValueError so many latent frames as clips of `num_frames`, where they do not divide."""
+    if count % num_frames:
+        raise ValueError(
+            f"{count} latent frames do not divide into clips of {num_frames}:"
+            " use the frames of Empty VideoFactory Latent everywhere"
+        )
+
+
+def left_alone(mask: Tensor) -> Tensor:
+    """Whether a noise mask `[(B F), C, H, W]` or `[B, C, F, H, W]` is 0 all over a frame, with 1 for C, H and W."""
+    return mask.abs().amax((1, -2, -1), keepdim=True) == 0
+
+
 class HostModel(comfy.model_base.BaseModel):
-    """The host's view of the network: noise schedule, conditions, memory."""
+    """The host's view of the network: noise schedule, conditions, memory.
+
+    Frames that the noise mask leaves alone are given. The host shows them as noisy as the rest; a model that learned
+    what given frames are gets them clean, at timestep 0. They travel with the conditions, because these are what is
+    cut for context windows and areas. A mask inside a frame means what it means to other models.
+    """
 
     def __init__(self, model_config: HostConfig, model_type: Any, device: Any = None) -> None:
         super().__init__(model_config, model_type, device=device, unet_model=HostUNet)
@@ -252,7 +272,36 @@ class HostModel(comfy.model_base.BaseModel):
                 out["c_crossattn"] = comfy.conds.CONDCrossAttn(changing.spread(num_frames).repeat(clips, 1, 1))
         elif changing is not None:
             raise ValueError("prompts for frames need the frames in the batch: use Empty VideoFactory Latent")
+        mask = kwargs.get("denoise_mask")
+        if mask is not None and self.model_config.videofactory.given_frames:
+            given = left_alone(mask)
+            if given.any():
+                out["given"] = comfy.conds.CONDRegular(given)
+                out["clean"] = comfy.conds.CONDNoiseShape(kwargs["latent_image"])
         return out
+
+    def apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *args: Any,
+        given: Tensor | None = None,
+        clean: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`x` of sigma `t`, one a row; the frames `given` are those of `clean`."""
+        if given is None:
+            return super().apply_model(x, t, *args, **kwargs)
+        # The host is about to make its input smaller.
+        shown = clean / self.model_sampling.calculate_input(t, torch.ones_like(x))
+        return super().apply_model(torch.where(given, shown, x), t, *args, given=given, **kwargs)
+
+    def process_timestep(self, timestep: Tensor, given: Tensor | None = None, **_: Any) -> Tensor:
+        """Timesteps of rows, for clips with a dimension for time those of frames `[B, F]`; 0 for the frames `given`."""
+        if given is None:
+            return timestep
+        by_frame = timestep[:, None] * (given == 0).flatten(1)
+        return by_frame[:, 0] if given.ndim == 4 else by_frame
 
 
 class HostConfig(comfy.supported_models_base.BASE):
@@ -449,6 +498,16 @@ def load_autoencoder(file: ModelFile) -> Any:
             # The host's class is written for 32 groups.
             module.num_groups = config.norm_groups
     return vae
+
+
+def unusual(config: ModelConfig, frames: int, width: int, height: int) -> str:
+    """In a sentence how a clip differs from those that a model was trained on, "" where it does not."""
+    if (frames, width, height) == (config.frames, config.width, config.height):
+        return ""
+    return (
+        f"The model was trained on {config.frames} frames of {config.width} x {config.height};"
+        f" {frames} frames of {width} x {height} may look worse."
+    )
 
 
 def config_of(model: Any) -> ModelConfig | None:

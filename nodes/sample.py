@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.context_windows
 import comfy.model_management
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
@@ -51,13 +54,76 @@ class EmptyLatent(io.ComfyNode):
         channels = config.unet.in_channels if config else 4
         shape = (frames * clips, channels, height // factor, width // factor)
         samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
-        info = ""
-        if config and (frames, width, height) != (config.frames, config.width, config.height):
-            info = (
-                f"The model was trained on {config.frames} frames of {config.width} x {config.height};"
-                f" {frames} frames of {width} x {height} may look worse."
-            )
+        info = host.unusual(config, frames, width, height) if config else ""
         return io.NodeOutput({"samples": samples, FRAMES: frames}, info)
+
+
+def sampling_inputs() -> list[io.Input]:
+    """The inputs of a sampler: those of KSampler, and the strengths of motion and Swap-Attention."""
+    return [
+        io.Model.Input("model", tooltip="The model of Load VideoFactory."),
+        io.Conditioning.Input("positive", tooltip="What the clip shows."),
+        io.Conditioning.Input("negative", tooltip="What to steer away from."),
+        io.Latent.Input("latent", tooltip="Empty VideoFactory Latent, or VideoFactory Encode for video to video."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Number of the noise to start from.",
+        ),
+        io.Int.Input("steps", default=25, min=1, max=1000, tooltip="More steps, finer and slower."),
+        io.Float.Input(
+            "cfg",
+            default=2.0,
+            min=1.0,
+            max=30.0,
+            step=0.1,
+            tooltip="How closely to follow the prompt: 2 suits the demo, 7 to 12 larger models.",
+        ),
+        io.Combo.Input(
+            "sampler_name",
+            options=comfy.samplers.SAMPLER_NAMES,
+            default="euler",
+            tooltip="Way from noise to clip.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.SCHEDULER_NAMES,
+            default="simple",
+            tooltip="Which noise levels the steps visit.",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Share of the way: below 1 the given latent shows through.",
+        ),
+        io.Float.Input(
+            "motion_scale",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            tooltip="Strength of the temporal layers: 0 makes unrelated pictures.",
+        ),
+        io.Float.Input(
+            "swap_strength",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            tooltip="Strength of Swap-Attention between space and time.",
+        ),
+        io.Boolean.Input(
+            "free_noise",
+            default=False,
+            tooltip="Frames behind the 16th start from shuffled noise of the first 16: long clips keep together.",
+        ),
+    ]
 
 
 class Sampler(io.ComfyNode):
@@ -69,73 +135,7 @@ class Sampler(io.ComfyNode):
             category=CATEGORY,
             description="Turns noise into a clip's latent, with the strengths of motion and Swap-Attention at hand."
             " With both at 1 and no free noise it gives what KSampler gives.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model of Load VideoFactory."),
-                io.Conditioning.Input("positive", tooltip="What the clip shows."),
-                io.Conditioning.Input("negative", tooltip="What to steer away from."),
-                io.Latent.Input(
-                    "latent", tooltip="Empty VideoFactory Latent, or VideoFactory Encode for video to video."
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Number of the noise to start from.",
-                ),
-                io.Int.Input("steps", default=25, min=1, max=1000, tooltip="More steps, finer and slower."),
-                io.Float.Input(
-                    "cfg",
-                    default=2.0,
-                    min=1.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="How closely to follow the prompt: 2 suits the demo, 7 to 12 larger models.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.SAMPLER_NAMES,
-                    default="euler",
-                    tooltip="Way from noise to clip.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.SCHEDULER_NAMES,
-                    default="simple",
-                    tooltip="Which noise levels the steps visit.",
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the way: below 1 the given latent shows through.",
-                ),
-                io.Float.Input(
-                    "motion_scale",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="Strength of the temporal layers: 0 makes unrelated pictures.",
-                ),
-                io.Float.Input(
-                    "swap_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="Strength of Swap-Attention between space and time.",
-                ),
-                io.Boolean.Input(
-                    "free_noise",
-                    default=False,
-                    tooltip="Frames behind the 16th start from shuffled noise of the first 16: long clips keep"
-                    " together.",
-                ),
-            ],
+            inputs=sampling_inputs(),
             outputs=[io.Latent.Output(display_name="latent", tooltip="The clip, for VideoFactory Decode.")],
         )
 
@@ -156,44 +156,84 @@ class Sampler(io.ComfyNode):
         swap_strength: float,
         free_noise: bool,
     ) -> io.NodeOutput:
-        config = host.config_of(model)
-        if config is None:
-            raise ValueError("this model is not a VideoFactory model: connect Load VideoFactory, or use KSampler")
-        samples = latent["samples"]
-        if samples.shape[1] != config.unet.in_channels:
-            raise ValueError(
-                f"this latent has {samples.shape[1]} channels and the model works on {config.unet.in_channels}:"
-                " use Empty VideoFactory Latent or this model's VAE"
-            )
+        model, samples, noise = begin(model, latent, seed, motion_scale, swap_strength, free_noise)
         num_frames = latent.get(FRAMES)
         if samples.ndim == 4 and num_frames:
             positive, negative = with_frames(positive, num_frames), with_frames(negative, num_frames)
-        model = model.clone()
-        model.model_options["transformer_options"][host.OPTIONS] = {
-            "motion_scale": motion_scale,
-            "swap_strength": swap_strength,
-        }
-        samples = comfy.sample.fix_empty_latent_channels(model, samples)
-        noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-        if free_noise:
-            noise = share_noise(noise, num_frames or len(noise), config.frames, seed)
-        samples = comfy.sample.sample(
-            model,
+        run = Run(model, steps, cfg, sampler_name, scheduler, denoise)
+        callback = latent_preview.prepare_callback(model, steps)
+        made = run(positive, negative, noise, samples, latent.get("noise_mask"), seed, callback)
+        return io.NodeOutput({**latent, "samples": made})
+
+
+def begin(
+    model: Any, latent: dict[str, Any], seed: int, motion_scale: float, swap_strength: float, free_noise: bool
+) -> tuple[Any, Tensor, Tensor]:
+    """The model with these strengths, the samples of `latent` and their noise; ValueError for what it cannot sample."""
+    config = host.config_of(model)
+    if config is None:
+        raise ValueError("this model is not a VideoFactory model: connect Load VideoFactory, or use KSampler")
+    samples = latent["samples"]
+    if samples.shape[1] != config.unet.in_channels:
+        raise ValueError(
+            f"this latent has {samples.shape[1]} channels and the model works on {config.unet.in_channels}:"
+            " use Empty VideoFactory Latent or this model's VAE"
+        )
+    model = model.clone()
+    model.model_options["transformer_options"][host.OPTIONS] = {
+        "motion_scale": motion_scale,
+        "swap_strength": swap_strength,
+    }
+    samples = comfy.sample.fix_empty_latent_channels(model, samples)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    if free_noise:
+        noise = share_noise(noise, latent.get(FRAMES) or len(noise), config.frames, seed)
+    return model, samples, noise
+
+
+@dataclass(frozen=True)
+class Run:
+    """The host's sampling with settings that stay the same from one clip to the next."""
+
+    model: Any
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float
+
+    def __call__(
+        self,
+        positive: Any,
+        negative: Any,
+        noise: Tensor,
+        samples: Tensor,
+        mask: Tensor | None,
+        seed: int,
+        callback: Callable[[int, Tensor, Tensor, int], None],
+    ) -> Tensor:
+        """Latents made of `noise`, in its shape; frames that the noise mask leaves alone are those of `samples`."""
+        made: Tensor = comfy.sample.sample(
+            self.model,
             noise,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
+            self.steps,
+            self.cfg,
+            self.sampler_name,
+            self.scheduler,
             positive,
             negative,
             samples,
-            denoise=denoise,
-            noise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, steps),
+            denoise=self.denoise,
+            noise_mask=mask,
+            callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
-        return io.NodeOutput({**latent, "samples": samples})
+        if mask is None:
+            return made
+        # To the last bit, which the samplers' sums do not keep.
+        given = host.left_alone(comfy.sampler_helpers.prepare_mask(mask, samples.shape, made.device))
+        return torch.where(given, samples.to(made), made)
 
 
 def with_frames(conditioning: Any, num_frames: int) -> Any:
@@ -303,23 +343,27 @@ class FrameWindows(comfy.context_windows.IndexListContextHandler):
                     conditions[key] = value._copy_with(cut(value.cond))
             kept["model_conds"] = conditions
             if kept.get("control") is not None:
-                kept["control"] = self.control_of(kept["control"], window, length)
+                kept["control"] = control_of(kept["control"], window.index_list, length, self.controls)
             resized.append(kept)
         return resized
 
-    def control_of(self, control: Any, window: Any, length: int) -> Any:
-        """The ControlNet with the pictures of a window's frames, which the host would take from the clip's start."""
-        key = (id(control), *window.index_list)
-        found = self.controls.get(key)
-        if found is None:
-            found = copy.copy(control)
-            pictures = control.cond_hint_original
-            if pictures is not None and len(pictures) == length:
-                found.cond_hint_original, found.cond_hint = pictures[window.index_list], None
-            if control.previous_controlnet is not None:
-                found.previous_controlnet = self.control_of(control.previous_controlnet, window, length)
-            self.controls[key] = found
-        return found
+
+def control_of(control: Any, rows: Sequence[int], length: int, found: MutableMapping[tuple[int, ...], Any]) -> Any:
+    """The ControlNet with the pictures of these rows of `length`, where the host would take those of the clip's start.
+
+    `found` keeps what was made, so that two conditions with one ControlNet have one again.
+    """
+    key = (id(control), *rows)
+    made = found.get(key)
+    if made is None:
+        made = copy.copy(control)
+        pictures = control.cond_hint_original
+        if pictures is not None and len(pictures) == length:
+            made.cond_hint_original, made.cond_hint = pictures[rows], None
+        if control.previous_controlnet is not None:
+            made.previous_controlnet = control_of(control.previous_controlnet, rows, length, found)
+        found[key] = made
+    return made
 
 
 NODES = [EmptyLatent, Sampler, ContextWindows]

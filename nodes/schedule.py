@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,17 @@ class Schedule(NamedTuple):
     features: Tensor
 
     def spread(self, num_frames: int) -> Tensor:
-        """Features `[F, L, D]`: straight lines between key frames, the first and last one beyond them."""
+        """Features `[F, L, D]` of a clip's frames."""
+        return self.at(range(num_frames))
+
+    def part(self, frames: Sequence[int]) -> Schedule:
+        """The schedule of a clip that consists of these frames."""
+        return Schedule(tuple(range(len(frames))), self.at(frames))
+
+    def at(self, frames: Iterable[int]) -> Tensor:
+        """Features `[N, L, D]` of N frames: straight lines between key frames, the first and last one beyond them."""
         rows = []
-        for frame in range(num_frames):
+        for frame in frames:
             after = next((i for i, key in enumerate(self.frames) if key >= frame), len(self.frames) - 1)
             before = max(0, after - 1) if self.frames[after] > frame else after
             room = self.frames[after] - self.frames[before]

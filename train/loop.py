@@ -18,10 +18,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from videofactory_core.memory import peak_memory
 from videofactory_core.objective import learning_rate_share, seed_for
 
 from . import optimizer as optimizers
+from .processes import peak_memory
 from .state import States
 
 # So many steps in a row without a finite loss are no accident.

@@ -230,10 +230,20 @@ def controlnet(host: Any, demo: Path) -> dict[str, Any]:
             model, some, 2, 2.0, "euler", "simple", conditioning, conditioning, empty, disable_pbar=True, seed=0
         )
 
+    def in_chunks(hints: torch.Tensor) -> torch.Tensor:
+        told = {"control": control.copy().set_cond_hint(hints, 1.0, (0.0, 1.0)), "control_apply_to_uncond": True}
+        conditioning = [[text, told]]
+        latent = {"samples": torch.zeros(4, 4, 8, 8)}
+        node = importlib.import_module("videofactory_pack.nodes.long").LongSampler
+        settings = (0, 2, 2.0, "euler", "simple", 1.0, 1.0, 1.0, False)
+        made = node.execute(patcher, conditioning, conditioning, latent, *settings, 3, 1, 0, False)
+        return made.args[0]["samples"]
+
     hints = torch.rand(4, 3, 64, 64)
     plain, off, on = sample(None, hints), sample(0.0, hints), sample(1.0, hints)
     windows = importlib.import_module("videofactory_pack.nodes.sample").ContextWindows
     windowed = windows.execute(patcher, length=2, overlap=0, closed_loop=False).args[0]
+    last = torch.cat([hints[:3], 1 - hints[3:]])
     halves = [sample(1.0, hints[half], frames=half) for half in (slice(2), slice(2, 4))]
     return {
         "off": error(off, plain),
@@ -242,6 +252,8 @@ def controlnet(host: Any, demo: Path) -> dict[str, Any]:
         "other hints": error(sample(1.0, hints.flip(0)), on),
         "in windows": error(sample(1.0, hints, windowed), torch.cat(halves)),
         "by halves": error(torch.cat(halves), on),
+        "last hint, first chunk": error(in_chunks(last)[:3], in_chunks(hints)[:3]),
+        "last hint, second chunk": error(in_chunks(last)[3:], in_chunks(hints)[3:]),
     }
 
 
@@ -390,7 +402,7 @@ def missing_library(host: Any, demo: Path) -> dict[str, Any]:
             said.append(record.getMessage())
 
     logging.getLogger().addHandler(Listener())
-    for room in ("load", "refine", "write", "sample", "decode", "upscale", "train"):
+    for room in ("load", "refine", "write", "sample", "long", "decode", "condition", "upscale", "train"):
         sys.modules.pop(f"videofactory_pack.nodes.{room}", None)
     sys.modules["latent_preview"] = None  # type: ignore[assignment]
     extension = asyncio.run(sys.modules["videofactory_pack"].comfy_entrypoint())

@@ -49,6 +49,8 @@ def test_a_controlnet_of_the_same_family_acts(inside: Any) -> None:
     assert found["other hints"] > 1e-4
     assert found["in windows"] <= 1e-5
     assert found["by halves"] > 1e-4
+    assert found["last hint, first chunk"] == 0
+    assert found["last hint, second chunk"] > 1e-4
 
 
 def test_long_clips_are_upscaled_in_the_memory_of_short_ones(inside: Any) -> None:
@@ -65,7 +67,9 @@ def test_the_host_samples_about_as_fast_as_the_core(inside: Any) -> None:
 def test_a_missing_library_costs_only_the_nodes_that_need_it(inside: Any) -> None:
     found = inside("missing_library")
     assert "VideoFactoryLoader" in found["nodes"]
-    assert "VideoFactorySampler" not in found["nodes"]
-    (line,) = [line for line in found["said"] if line.startswith("VideoFactory")]
-    assert "the nodes of sample are missing" in line
-    assert "latent_preview" in line
+    assert "VideoFactoryExtendVideo" in found["nodes"]
+    assert not {"VideoFactorySampler", "VideoFactoryLongSampler"} & {*found["nodes"]}
+    lines = [line for line in found["said"] if line.startswith("VideoFactory")]
+    for room, line in zip(("sample", "long"), lines, strict=True):
+        assert f"the nodes of {room} are missing" in line
+        assert "latent_preview" in line

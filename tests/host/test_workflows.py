@@ -51,6 +51,22 @@ def turns_back(frames: Tensor) -> bool:
     return ways(frames, 2) == ["right", "left"] and shows("blue", "triangle", "white")(frames)
 
 
+def keeps_on(*words: str) -> Callable[[Tensor], bool]:
+    """A judge of clips that are one steady movement of these words."""
+    return lambda frames: seen(frames).steady and shows(*words)(frames)
+
+
+def goes_on(frames: Tensor) -> bool:
+    """The 12 frames behind the first 16 show what these show."""
+    return all(keeps_on("blue", "square", "down", "white")(part) for part in (frames[:16], frames[16:]))
+
+
+def leads_from_one_to_the_other(frames: Tensor) -> bool:
+    first, between, second = frames.split((16, 8, 16))
+    parted = keeps_on("red", "right")(first) and keeps_on("blue", "left")(second)
+    return parted and all(shows("circle", "black")(part) for part in (first, between, second))
+
+
 # Frames, width, height, and the judge.
 EXPECTED: dict[str, tuple[int, int, int, Callable[[Tensor], bool]]] = {
     "text-to-video": (16, 128, 72, shows("yellow", "square", "right", "black")),
@@ -60,7 +76,15 @@ EXPECTED: dict[str, tuple[int, int, int, Callable[[Tensor], bool]]] = {
     "seamless-loop": (32, 128, 72, joins_its_ends),
     "video-to-video": (16, 128, 72, shows("green", "square", "right", "grey")),
     "lora": (16, 128, 72, turns_back),
+    "image-to-video": (16, 128, 72, keeps_on("green", "circle", "right", "black")),
+    "first-and-last-frame": (16, 128, 72, shows("yellow", "square", "left", "grey")),
+    "extend-video": (28, 128, 72, goes_on),
+    "in-between-frames": (31, 128, 72, keeps_on("red", "triangle", "up", "black")),
+    "transition": (40, 128, 72, leads_from_one_to_the_other),
+    "long-video": (48, 128, 72, goes_there_and_back_and_there),
 }
+# Frames a second, where they are not the model's.
+RATES = {"in-between-frames": 16}
 
 
 def test_every_workflow_is_judged() -> None:
@@ -74,5 +98,5 @@ def test_the_clip_that_leaves_the_graph_shows_the_prompt(host: Host, name: str) 
     video = read_video(file)
     num_frames, width, height, judge = EXPECTED[name]
     assert video.frames.shape == (num_frames, height, width, 3)
-    assert video.fps == 8
+    assert video.fps == RATES.get(name, 8)
     assert judge(video.frames), seen(video.frames)
