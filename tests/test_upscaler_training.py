@@ -408,14 +408,15 @@ def test_sdedit_walks_back_like_the_sampler(debug_checkpoint: Path) -> None:
         for n in range(2):
             highest = float(shares[n]) * 999
             levels = torch.tensor([highest * (1 - step / STEPS) for step in range(STEPS)], dtype=torch.float64)
-            sigmas = [*schedule.sigma(levels).tolist(), 0.0]
+            sigmas = torch.cat([schedule.sigma(levels), torch.zeros(1)])[:, None]
 
-            def denoise(x: Tensor, sigma: float, n: int = n, context: Tensor = context) -> Tensor:
-                x_t = x / (1 + sigma**2) ** 0.5
-                t = schedule.timestep(torch.tensor([sigma], dtype=torch.float64)).float()
+            def denoise(x: Tensor, sigma: Tensor, n: int = n, context: Tensor = context) -> Tensor:
+                x_t = x / float(1 + sigma**2) ** 0.5
+                t = schedule.timestep(sigma).float()
                 return schedule.to_x0_eps(model.unet(x_t, t, context[n : n + 1]), x_t, t)[0]
 
-            expected = euler(denoise, latents[n : n + 1] + sigmas[0] * noise[n : n + 1], sigmas, None)
+            start = latents[n : n + 1] + float(sigmas[0]) * noise[n : n + 1]
+            expected = euler(denoise, start, sigmas, None)
             torch.testing.assert_close(found[n : n + 1], expected, rtol=0, atol=2e-3)
     clips = clips_of(2)
     assert not torch.equal(edit(clips, captions, generators(0, 1)), edit(clips, captions[::-1], generators(0, 1)))
