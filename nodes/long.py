@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..videofactory_core.config import ModelConfig
-from ..videofactory_core.long import Chunk, chunks, match
+from ..videofactory_core.long import chunks, match
 from . import host
 from .host import FRAMES, SCHEDULE
 from .load import CATEGORY
@@ -89,9 +89,7 @@ class LongSampler(io.ComfyNode):
             mask = comfy.sampler_helpers.prepare_mask(latent["noise_mask"], samples.shape, samples.device)
             masks = layout.unfold(mask)[:, :1].clone()
         given = set(host.left_alone(masks).flatten(1).all(0).nonzero().flatten().tolist())
-        plan = [Chunk(0, 1, 0, 1)]
-        if length > 1:
-            plan = [*chunks(layout.num_frames, length, min(overlap, length - 1), given)]
+        plan = [*chunks(layout.num_frames, chunk, overlap, given)]
         if not config.given_frames and (given or len(plan) > 1):
             logging.warning("VideoFactory: %s", host.UNTRAINED)
 

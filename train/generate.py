@@ -77,9 +77,7 @@ def run_generate(options: argparse.Namespace) -> None:
     for change, strength in loras:
         adapters.merge(model, change, strength)
 
-    steps = options.steps
-    if in_chunks and length > 1:
-        steps *= sum(1 for _ in chunks(shot.num_frames, length, overlap, shot.given))
+    steps = options.steps * sum(1 for _ in chunks(shot.num_frames, length, overlap, shot.given))
     # What differs from a clip that is made at once.
     chunking: dict[str, Any] = {"chunk": length, "overlap": overlap} if in_chunks else {}
     defaults = {"anchors": 0, "match_colours": False, "frame_guidance_scale": 1.0, "stagger": 0.0}

@@ -41,10 +41,15 @@ class Chunk:
 def chunks(num_frames: int, length: int, overlap: int, given: Collection[int] = ()) -> Iterator[Chunk]:
     """Chunks of `length` frames that make what is not given of `num_frames`, in the order of their making.
 
-    Each takes `overlap` frames that are done from the one before, the last one as many as fit. What lies behind the
-    last frame given in a chunk is made by the next chunk, which knows how it goes on. With frames given at the end and
-    none at the start they go backward. Raises ValueError where nothing would be left of a chunk.
+    A clip that is no longer is one chunk. Otherwise each takes `overlap` frames that are done from the one before, the
+    last one as many as fit. What lies behind the last frame given in a chunk is made by the next chunk, which knows how
+    it goes on. With frames given at the end and none at the start they go backward. Raises ValueError where nothing
+    would be left of a chunk.
     """
+    if num_frames <= length:
+        if len(given) < num_frames:
+            yield Chunk(0, num_frames, 0, num_frames)
+        return
     if length < 2:
         raise ValueError(f"a chunk of {length} frames knows none of the one before; use 2 or more")
     if not 1 <= overlap < length:
@@ -114,9 +119,7 @@ def generate_long(
     check_request(config, most + anchors, width, height, guidance_scale, sampler, steps)
     given = given or {}
     check_given(given, num_frames, width, height)
-    plan = [Chunk(0, num_frames, 0, num_frames)]
-    if num_frames > length:
-        plan = [*chunks(num_frames, length, overlap, given)]
+    plan = [*chunks(num_frames, length, overlap, given)]
     if given or len(plan) > 1:
         warn_of_given(config)
     check_memory(config, most + anchors, width, height, next(model.unet.parameters()))

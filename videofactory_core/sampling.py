@@ -142,7 +142,7 @@ def sample(
         x0, _ = schedule.to_x0_eps(model(x_t.to(noise.dtype), t).to(precise), x_t, t)
         if (sigma == 0).any():
             x0 = torch.where(_by_frame(sigma, x) == 0, x, x0)
-        if known is not None:
+        if known is not None and not known.clean:
             x0 = torch.where(given, original, x0)
         if callback is not None:
             callback(next(evaluation), x0)
