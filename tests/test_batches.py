@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from videofactory_train.data.batches import Batch, Group, Order, RawBatch, by_bucket, loader, order, stack_contexts
@@ -146,9 +145,8 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 
 @pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
 
 
 def fill(folder: Path, samples: Sequence[Sample], accelerator: Accelerator) -> Filled:
