@@ -16,6 +16,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.v0_0_2 import io
 
+from ..videofactory_core import prompts
 from ..videofactory_core.language import (
     INSTRUCTION,
     KEY,
@@ -26,7 +27,6 @@ from ..videofactory_core.language import (
     refined,
     request,
 )
-from . import schedule
 from .load import CATEGORY
 
 SERVER = "server"
@@ -120,7 +120,7 @@ def refine(prompt: str, ask: Ask) -> str:
     """The prompt, or each of the prompts for key frames, in the words of `ask`."""
     if not prompt.strip():
         return prompt
-    keys = schedule.parse(prompt)
+    keys = prompts.parse(prompt)
     if keys is None:
         return ask(prompt)
     return ",\n".join(f'"{frame}": {json.dumps(ask(text), ensure_ascii=False)}' for frame, text in keys.items())

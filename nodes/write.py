@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from . import host, schedule
+from ..videofactory_core import prompts
+from . import host
 from .load import CATEGORY
 
 
@@ -58,7 +59,7 @@ class TextEncode(io.ComfyNode):
 
 def encode(clip: Any, prompt: str, told: dict[str, Any]) -> Any:
     """The host's CONDITIONING of a prompt, or of prompts for key frames; `told` goes along with it."""
-    keys = schedule.parse(prompt)
+    keys = prompts.parse(prompt)
     if keys is None:
         return clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict=told)
     encoded = {
@@ -67,7 +68,7 @@ def encode(clip: Any, prompt: str, told: dict[str, Any]) -> Any:
     entries = []
     # The host makes several entries of a prompt when LoRAs change over the steps; every key frame has the same.
     for parts in zip(*encoded.values(), strict=True):
-        changing = schedule.build({frame: part[0] for frame, part in zip(encoded, parts, strict=True)})
+        changing = prompts.build({frame: part[0] for frame, part in zip(encoded, parts, strict=True)})
         entries.append([parts[0][0], {**parts[0][1], host.SCHEDULE: changing}])
     return entries
 

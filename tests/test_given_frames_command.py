@@ -192,6 +192,13 @@ def test_more_frames_than_trained_with_a_picture_come_in_chunks(command, model: 
     assert settings_of("clip.mp4").items() >= {**chunking, "chunk": 4}.items()
 
 
+def test_a_prompt_may_change_over_the_frames(command, model: Model, written: list[Tensor]) -> None:
+    changing = f'"0": "{PROMPT}", "6": "a blue square"'
+    assert command("--length", "1", "--overlap", "2", "--out", "clip.mp4", prompt=changing) == 0
+    assert torch.equal(torch.stack(written), long(model, changing, num_frames=8, overlap=2))
+    assert settings_of("clip.mp4")["prompt"] == changing
+
+
 def test_a_length_is_in_seconds_and_the_bar_counts_all_steps(
     command, model: Model, written: list[Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -511,6 +518,7 @@ def inputs(tmp_path: Path) -> None:
         ("--stagger -1", "stagger is -1.0; use 0"),
         ("--stagger nan", "stagger is nan; use 0"),
         ("--first-frame a.png --frame-guidance-scale 0.5", "frame guidance scale 0.5 is below 1"),
+        ('--negative-prompt "0":b', "the prompt schedule breaks off at"),
         ("--first-frame a.png --frame-guidance-scale nan", "frame guidance scale nan is below 1"),
     ],
 )

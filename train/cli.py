@@ -74,7 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = kinds.add_parser("generate", help="make a video from a prompt", description="Make a video.")
-    generate.add_argument("prompt", help="what the video shows, in quotes")
+    generate.add_argument(
+        "prompt",
+        help="what the video shows, in quotes; or prompts for frames of the clip, those that it is shown counted too:"
+        ' \'"0": "a cat", "8": "a dog"\'',
+    )
     generate.add_argument("--out", type=Path, help="file to write: .mp4, .webm or .gif (default: named by the prompt)")
     generate.add_argument("--seed", type=int, default=0, help="number of the noise to start from (default: 0)")
     add_sampling(generate)

@@ -134,7 +134,11 @@ def output_files(options: argparse.Namespace) -> list[Path]:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """ValueError for options that do not go together."""
+    """ValueError for options that do not go together, and for prompts that are none."""
+    from videofactory_core.prompts import parse
+
+    for prompt in (options.prompt, options.negative_prompt):
+        parse(prompt)
     videos = [name for name in LENGTHS if name and getattr(options, name)]
     together = [*videos, *(name for name in PICTURES if videos and getattr(options, name))]
     if len(together) > 1:

@@ -18,6 +18,7 @@ from .pipeline import (
     check_given,
     check_memory,
     check_request,
+    context_of,
     decode_latents,
     denoise,
     encode_frames,
@@ -26,6 +27,7 @@ from .pipeline import (
     latent_shape,
     warn_of_given,
 )
+from .prompts import PromptSchedule
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def generate_long(
     if given or len(plan) > 1:
         warn_of_given(config)
     check_memory(config, most + anchors, width, height, next(model.unet.parameters()))
-    context = encode_prompts(model, prompt, negative_prompt, guidance_scale)
+    prompts = encode_prompts(model, prompt, negative_prompt, guidance_scale)
     settings: dict[str, Any] = {
         "steps": steps,
         "guidance_scale": guidance_scale,
@@ -132,13 +134,13 @@ def generate_long(
         "stagger": stagger,
         "on_step": on_step,
     }
-    pieces = _pieces(model, context, plan, given, (num_frames, width, height), anchors, match_colours, seed, settings)
+    pieces = _pieces(model, prompts, plan, given, (num_frames, width, height), anchors, match_colours, seed, settings)
     yield from reversed([*pieces]) if _backward(plan) else pieces
 
 
 def _pieces(
     model: Model,
-    context: Tensor,
+    prompts: Sequence[PromptSchedule],
     plan: Sequence[Chunk],
     given: Mapping[int, Tensor],
     size: tuple[int, int, int],
@@ -169,6 +171,7 @@ def _pieces(
         known = know(
             noise, {place: latents[index] for place, index in enumerate(places) if index in latents}, model.config
         )
+        context = context_of(prompts, places)
         made = denoise(model, context, noise, known=known, generator=generator, **settings)[:, :, len(shown) :]
         new = [index for index in range(chunk.first, chunk.last) if index not in given]
         if first is None:

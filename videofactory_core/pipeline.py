@@ -14,6 +14,7 @@ from .checkpoint import Model
 from .config import ModelConfig
 from .diffusion import Schedule, guide, guide_frames
 from .memory import total_memory
+from .prompts import PromptSchedule, parse
 from .sampling import SAMPLERS, Known, sample
 
 
@@ -86,13 +87,22 @@ def warn_of_given(config: ModelConfig) -> None:
         )
 
 
-def encode_prompts(model: Model, prompt: str, negative_prompt: str, guidance_scale: float) -> Tensor:
-    """Text features `[1, L, D]` of a prompt, or with guidance `[2, L, D]`, the negative prompt's behind it."""
-    prompts: Sequence[str] = [prompt, negative_prompt] if guidance_scale > 1 else [prompt]
+def encode_prompts(model: Model, prompt: str, negative_prompt: str, guidance_scale: float) -> list[PromptSchedule]:
+    """Text features of a prompt, with guidance those of the negative prompt behind it; each may be a schedule."""
+    keys = [parse(text) or {0: text} for text in ([prompt, negative_prompt] if guidance_scale > 1 else [prompt])]
+    texts = [text for by_frame in keys for text in by_frame.values()]
     window = model.config.text.max_tokens - 2
-    if any(len(model.text_encoder.tokenizer(text)) > 1 for text in prompts):
+    if any(len(model.text_encoder.tokenizer(text)) > 1 for text in texts):
         warnings.warn(f"the prompt is over {window} tokens and is read in chunks of {window}", stacklevel=3)
-    return model.text_encoder.encode(prompts)
+    features = model.text_encoder.encode(texts).split([len(by_frame) for by_frame in keys])
+    return [PromptSchedule(tuple(by_frame), part) for by_frame, part in zip(keys, features, strict=True)]
+
+
+def context_of(prompts: Sequence[PromptSchedule], frames: Sequence[int]) -> Tensor:
+    """Text features `[B, L, D]` of B prompts, or `[B, F, L, D]` of these frames where one of them changes."""
+    if all(len(prompt.frames) == 1 for prompt in prompts):
+        return torch.cat([prompt.features for prompt in prompts])
+    return torch.stack([prompt.at(frames) for prompt in prompts])
 
 
 @torch.no_grad()
@@ -124,7 +134,7 @@ def denoise(
     generator: torch.Generator | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Latents of a clip from unit noise `[1, C, F, h, w]`; `context` as `encode_prompts` gives it, or for each frame.
+    """Latents of a clip from unit noise `[1, C, F, h, w]`; `context` as `context_of` gives it.
 
     With frames that are `known`, a `frame_guidance_scale` above 1 follows them harder, at the cost of another pass of
     the network: what it is measured against is the clip in which they are hidden behind pure noise.
@@ -188,10 +198,11 @@ def generate(
 ) -> Tensor:
     """A clip of a prompt: `[F, H, W, 3]` in 0..1, on the CPU.
 
-    Sizes are pixels and default to those that the model was trained on. `given` are frames `[H, W, 3]` in 0..1 by their
-    number: they come back as the autoencoder has them, and the others are made to fit. `frame_guidance_scale`: see
-    `denoise`; `stagger`: see `sampling.noise_levels`. `on_step` receives the number of the step that is done and the
-    latents expected at the end. Raises ValueError for what the model cannot make.
+    A prompt may be a schedule, as `prompts.parse` reads it. Sizes are pixels and default to those that the model was
+    trained on. `given` are frames `[H, W, 3]` in 0..1 by their number: they come back as the autoencoder has them, and
+    the others are made to fit. `frame_guidance_scale`: see `denoise`; `stagger`: see `sampling.noise_levels`. `on_step`
+    receives the number of the step that is done and the latents expected at the end. Raises ValueError for what the
+    model cannot make.
     """
     config = model.config
     num_frames = config.frames if num_frames is None else num_frames
@@ -204,7 +215,7 @@ def generate(
 
     weight = next(model.unet.parameters())
     check_memory(config, num_frames, width, height, weight)
-    context = encode_prompts(model, prompt, negative_prompt, guidance_scale)
+    context = context_of(encode_prompts(model, prompt, negative_prompt, guidance_scale), range(num_frames))
     # Drawn on the CPU, so that a seed means the same clip on every device.
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, *latent_shape(config, num_frames, width, height), generator=generator)

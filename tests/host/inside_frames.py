@@ -273,7 +273,8 @@ def schedules(bench: Bench) -> dict[str, Any]:
     # Features of every frame, as other packs give them.
     spread = early[0][1][bench.host.SCHEDULE].spread(28)
     rows = bench.long(whole, positive=[[spread, {}]])
-    schedule = module("nodes.schedule").Schedule((0, 10), torch.stack([torch.zeros(1, 2), torch.ones(1, 2)]))
+    features = torch.stack([torch.zeros(1, 2), torch.ones(1, 2)])
+    schedule = module("videofactory_core.prompts").PromptSchedule((0, 10), features)
     part = schedule.part([0, 4, 5, 12]).spread(4)
     return {
         "before it changes": error(changed[:16], plain[:16]),

@@ -15,7 +15,7 @@ ENTRY = re.compile(r'"(\d+)"\s*:\s*("(?:[^"\\]|\\.)*")\s*,?\s*', re.DOTALL)
 MAX_FRAME = 100_000
 
 
-class Schedule(NamedTuple):
+class PromptSchedule(NamedTuple):
     """Text features `[K, L, D]` of K key frames in rising order."""
 
     frames: tuple[int, ...]
@@ -25,9 +25,9 @@ class Schedule(NamedTuple):
         """Features `[F, L, D]` of a clip's frames."""
         return self.at(range(num_frames))
 
-    def part(self, frames: Sequence[int]) -> Schedule:
+    def part(self, frames: Sequence[int]) -> PromptSchedule:
         """The schedule of a clip that consists of these frames."""
-        return Schedule(tuple(range(len(frames))), self.at(frames))
+        return PromptSchedule(tuple(range(len(frames))), self.at(frames))
 
     def at(self, frames: Iterable[int]) -> Tensor:
         """Features `[N, L, D]` of N frames: straight lines between key frames, the first and last one beyond them."""
@@ -62,8 +62,8 @@ def parse(text: str) -> dict[int, str] | None:
     return dict(sorted(found.items()))
 
 
-def build(keys: dict[int, Tensor]) -> Schedule:
+def build(keys: dict[int, Tensor]) -> PromptSchedule:
     """A schedule of features `[1, L, D]`; shorter prompts are repeated to the chunks of the longest."""
     longest = max(features.shape[1] for features in keys.values())
     rows = [features.repeat(1, -(-longest // features.shape[1]), 1)[:, :longest] for features in keys.values()]
-    return Schedule(tuple(keys), torch.cat(rows))
+    return PromptSchedule(tuple(keys), torch.cat(rows))
