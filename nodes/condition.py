@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management
+import comfy.samplers
 import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
@@ -290,6 +292,53 @@ class Join(io.ComfyNode):
         return io.NodeOutput(torch.cat([piece.to(images) for piece in pieces if piece is not None]))
 
 
+class FrameGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VideoFactoryFrameGuidance",
+            display_name="VideoFactory Frame Guidance",
+            category=CATEGORY,
+            description="Follow given frames harder, as cfg does with the prompt. Each step costs one pass of the"
+            " network more.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model that knows given frames."),
+                io.Float.Input(
+                    "scale", default=1.5, min=1.0, max=10.0, step=0.1, tooltip="How hard to follow them; 1 is off."
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, scale: float) -> io.NodeOutput:
+        config = host.config_of(model)
+        if config is None:
+            raise ValueError("this model belongs to another family: connect the model of Load VideoFactory")
+        if not config.given_frames:
+            raise ValueError("this model does not know given frames: train it with recipes/image-to-video-16gb.toml")
+        if scale == 1:
+            return io.NodeOutput(model)
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(partial(guide_frames, scale))
+        return io.NodeOutput(model)
+
+
+def guide_frames(scale: float, found: dict[str, Any]) -> Tensor:
+    """What guidance over the text has `found` at a step, guided over the frames too; see the core's `guide_frames`."""
+    # Without guidance over the text the prompt stays where it is all that guides.
+    conditions, known = found["uncond"], found["uncond_denoised"]
+    if conditions is None:
+        conditions, known = found["cond"], found["cond_denoised"]
+    hidden = found["model"].hide(conditions)
+    if hidden is None:
+        return found["denoised"]
+    (without,) = comfy.samplers.calc_cond_batch(
+        found["model"], [hidden], found["input"], found["sigma"], found["model_options"]
+    )
+    return found["denoised"] + (scale - 1) * (known - without)
+
+
 def factor_of(vae: Any) -> int:
     """How many pixels a latent is wide and high; ValueError for a VAE that packs time too."""
     factor = getattr(vae, "downscale_ratio", None)
@@ -356,4 +405,4 @@ def told(model: Any, num_frames: int, frames: Tensor, *said: str) -> str:
     return "\n".join(filter(None, lines))
 
 
-NODES = [ImageToVideo, FirstLastFrame, ExtendVideo, Inbetween, Transition, Join]
+NODES = [ImageToVideo, FirstLastFrame, ExtendVideo, Inbetween, Transition, Join, FrameGuidance]

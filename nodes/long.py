@@ -19,6 +19,7 @@ from ..videofactory_core.long import chunks, match
 from . import host
 from .host import FRAMES, SCHEDULE
 from .load import CATEGORY
+from .network import check_clips
 from .sample import Run, begin, control_of, sampling_inputs
 
 
@@ -154,7 +155,7 @@ class Layout:
         # Who works with KSampler tells it with the prompt.
         told = [entry[1][FRAMES] for entry in conditioning if FRAMES in entry[1]]
         num_frames = latent.get(FRAMES) or next(iter(told), len(samples))
-        host.check_clips(len(samples), num_frames)
+        check_clips(len(samples), num_frames)
         return Layout(num_frames, len(samples) // num_frames, in_batch=True)
 
     def unfold(self, latents: Tensor, num_frames: int | None = None) -> Tensor:

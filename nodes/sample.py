@@ -22,6 +22,7 @@ from torch import Tensor
 from . import host
 from .host import FRAMES
 from .load import CATEGORY
+from .network import OPTIONS
 
 
 class EmptyLatent(io.ComfyNode):
@@ -180,7 +181,7 @@ def begin(
             " use Empty VideoFactory Latent or this model's VAE"
         )
     model = model.clone()
-    model.model_options["transformer_options"][host.OPTIONS] = {
+    model.model_options["transformer_options"][OPTIONS] = {
         "motion_scale": motion_scale,
         "swap_strength": swap_strength,
     }

@@ -22,6 +22,7 @@ from ..videofactory_core.diffusion import Schedule
 from ..videofactory_core.objective import Noised, Objective, Process, learning_rate_share, seed_for
 from . import host
 from .load import CATEGORY
+from .network import HostUNet
 from .progress import pieces
 
 # What is trained, by names of linear layers. In the first block of the encoder only attention over time has any.
@@ -281,7 +282,7 @@ def encode_clips(vae: Any, clips: list[Tensor], model: Any, config: ModelConfig)
 
 
 @contextmanager
-def trainable(model: Any, shape: tuple[int, ...], settings: Settings) -> Iterator[host.HostUNet]:
+def trainable(model: Any, shape: tuple[int, ...], settings: Settings) -> Iterator[HostUNet]:
     """The network of a MODEL where it computes, able to pass gradients on; then all is as before.
 
     `shape` is that of the latents of a step.
@@ -299,7 +300,7 @@ def trainable(model: Any, shape: tuple[int, ...], settings: Settings) -> Iterato
 
 
 @contextmanager
-def differentiable(network: host.HostUNet, gradient_checkpointing: bool) -> Iterator[host.HostUNet]:
+def differentiable(network: HostUNet, gradient_checkpointing: bool) -> Iterator[HostUNet]:
     """The network, until the end with weights and attention that a backward pass can go through.
 
     What the host makes in inference mode cannot be kept for a backward pass; ordinary tensors of the same memory can.

@@ -96,26 +96,23 @@ class Bench:
     def long(self, latent: Any, kind: str = "told", **changes: Any) -> Any:
         return self.sample(latent, kind, "LongSampler", **changes)
 
-    def expected(self, latent: Any, kind: str, clean: bool) -> Any:
+    def expected(self, latent: Any, kind: str, clean: bool, cfg: float = CFG, frame_scale: float = 1.0) -> Any:
         """What the core makes of the same noise and the same given frames."""
-        import torch
 
         config = self.config(kind)
         scale = config.autoencoder.scale_factor
         given = latent["noise_mask"].flatten(1).amax(1) == 0
 
-        def predict(x: Any, t: Any) -> Any:
-            cond, uncond = self.core.unet(torch.cat([x, x]), torch.cat([t, t]), self.contexts).chunk(2)
-            return module("videofactory_core.diffusion").guide(cond, uncond, CFG)
-
-        sampling = module("videofactory_core.sampling")
-        made = sampling.sample(
-            predict,
+        known = module("videofactory_core.sampling").Known(latent["samples"].movedim(0, 1)[None] * scale, given, clean)
+        made = module("videofactory_core.pipeline").denoise(
+            dataclasses.replace(self.core, config=config),
+            self.contexts if cfg > 1 else self.contexts[:1],
             self.noise(len(given)).movedim(0, 1)[None],
-            module("videofactory_core.diffusion").Schedule.from_config(config.diffusion),
             sampler="euler",
             steps=STEPS,
-            known=sampling.Known(latent["samples"].movedim(0, 1)[None] * scale, given, clean),
+            guidance_scale=cfg,
+            known=known,
+            frame_guidance_scale=frame_scale,
         )
         return made[0].movedim(1, 0) / scale
 
@@ -146,15 +143,47 @@ def as_in_the_core(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def hosts_own(bench: Bench, latent: Any, kind: str, noise: Any = None) -> Any:
+def guided_frames(bench: Bench) -> dict[str, Any]:
+    """Guidance over given frames in the graph, with and without guidance over the text, against the core's."""
+    import torch
+
+    latent = bench.latent(16, [0, 15])
+    follow = module("nodes.condition").FrameGuidance.execute
+    found: dict[str, Any] = {}
+    for kind, cfg in (("told", 2.0), ("told", 1.0), ("epsilon", 2.0)):
+        guided = follow(bench.models[kind], 2.5).args[0]
+        made = bench.sample(latent, kind, model=guided, cfg=cfg)
+        found[f"{kind}, {cfg}"] = {
+            "error": error(made, bench.expected(latent, kind, True, cfg, 2.5)),
+            "without": error(made, bench.expected(latent, kind, True, cfg)),
+            "native": error(hosts_own(bench, latent, kind, model=guided, cfg=cfg), made),
+            "nothing given": torch.equal(
+                bench.sample(bench.latent(16), model=guided, cfg=cfg), bench.sample(bench.latent(16), kind, cfg=cfg)
+            ),
+        }
+    found["one"] = follow(bench.models["told"], 1.0).args[0] is bench.models["told"]
+    windows = module("nodes.sample").ContextWindows.execute
+    halves = bench.latent(32, [3, 20])
+    together = bench.sample(halves, model=windows(follow(bench.models["told"], 2.5).args[0], 16, 0, False).args[0])
+    noise = bench.noise(32)
+    guided = follow(bench.models["told"], 2.5).args[0]
+    apart = []
+    for half in (slice(16), slice(16, 32)):
+        part = {"samples": halves["samples"][half], "noise_mask": halves["noise_mask"][half]}
+        apart.append(hosts_own(bench, part, "told", noise[half], model=guided))
+    found["windows"] = error(together, torch.cat(apart))
+    return found
+
+
+def hosts_own(bench: Bench, latent: Any, kind: str, noise: Any = None, model: Any = None, cfg: float = CFG) -> Any:
     """What KSampler makes of a LATENT."""
     import comfy.sample
 
     return comfy.sample.sample(
-        bench.models[kind],
+        model or bench.models[kind],
         bench.noise(len(latent["samples"])) if noise is None else noise,
         STEPS,
-        CFG,
+        cfg,
         "euler",
         "simple",
         *bench.conditions,
@@ -188,6 +217,7 @@ def masks_inside_frames(bench: Bench) -> dict[str, Any]:
 
 def windows(bench: Bench) -> dict[str, Any]:
     """Context windows without overlap are clips of their own, with their own given frames."""
+    import comfy.context_windows
     import torch
 
     latent = bench.latent(32, [3, 20])
@@ -198,7 +228,24 @@ def windows(bench: Bench) -> dict[str, Any]:
     for half in (slice(16), slice(16, 32)):
         part = {"samples": latent["samples"][half], "noise_mask": latent["noise_mask"][half]}
         halves.append(hosts_own(bench, part, "told", noise[half]))
+
+    theirs = bench.models["told"].clone()
+    way = comfy.context_windows
+    theirs.model_options["context_handler"] = way.IndexListContextHandler(
+        context_schedule=way.get_matching_context_schedule(way.ContextSchedules.STATIC_STANDARD),
+        fuse_method=way.get_matching_fuse_method(way.ContextFuseMethods.PYRAMID),
+        context_length=16,
+        context_overlap=0,
+        dim=2,
+    )
+    five = {"samples": latent["samples"].movedim(0, 1)[None], "noise_mask": latent["noise_mask"]}
+    try:
+        made = hosts_own(bench, five, "told", noise.movedim(0, 1)[None], model=theirs)[0].movedim(1, 0)
+        of_the_host: float | str = error(made, torch.cat(halves))
+    except ValueError as refused:
+        of_the_host = str(refused)
     return {
+        "of the host": of_the_host,
         "error": error(together, torch.cat(halves)),
         "without": error(bench.sample(bench.latent(32), model=patched), torch.cat(halves)),
     }
@@ -348,6 +395,7 @@ def refusals(bench: Bench) -> dict[str, str]:
         "other vae": said(lambda: node.ImageToVideo.execute(OtherVae(), clip, 24, 16, 4, "crop")),
         "join length": said(lambda: join(torch.rand(5, 16, 24, 3))),
         "join size": said(lambda: join(torch.rand(4, 32, 48, 3))),
+        "frame guidance": said(lambda: node.FrameGuidance.execute(bench.models["untold"], 2.0)),
     }
 
 
@@ -411,7 +459,17 @@ def conditions(bench: Bench) -> dict[str, Any]:
     return found
 
 
-CHECKS = (as_in_the_core, masks_inside_frames, windows, chunked, schedules, progress, refusals, conditions)
+CHECKS = (
+    as_in_the_core,
+    guided_frames,
+    masks_inside_frames,
+    windows,
+    chunked,
+    schedules,
+    progress,
+    refusals,
+    conditions,
+)
 
 if __name__ == "__main__":
     folder, demo = sys.argv[1:3]

@@ -35,6 +35,20 @@ def test_a_noise_mask_gives_frames_as_the_core_does(found: Any, kind: str) -> No
     assert seen["given"]
 
 
+@pytest.mark.parametrize("case", ["told, 2.0", "told, 1.0", "epsilon, 2.0"])
+def test_guidance_over_given_frames_is_the_cores(found: Any, case: str) -> None:
+    seen = found["guided_frames"][case]
+    assert seen["error"] <= 1e-4
+    assert seen["without"] > 1e-2
+    assert seen["native"] <= 1e-6
+    assert seen["nothing given"]
+
+
+def test_guidance_over_given_frames_of_one_is_none_and_windows_have_their_own(found: Any) -> None:
+    assert found["guided_frames"]["one"]
+    assert found["guided_frames"]["windows"] <= 1e-5
+
+
 def test_latents_with_a_dimension_for_time_are_given_frames_too(found: Any) -> None:
     seen = found["as_in_the_core"]
     assert seen["five"] <= 1e-6
@@ -53,6 +67,15 @@ def test_a_mask_inside_a_frame_means_what_it_always_means(found: Any) -> None:
 def test_context_windows_know_the_given_frames_inside_them(found: Any) -> None:
     assert found["windows"]["error"] <= 1e-5
     assert found["windows"]["without"] > 1e-2
+
+
+def test_the_hosts_context_windows_know_them_too_or_it_is_said(found: Any) -> None:
+    """For latents with a dimension for time; old hosts do not cut conditions for them."""
+    seen = found["windows"]["of the host"]
+    if isinstance(seen, str):
+        assert "do not cut given frames: use Empty VideoFactory Latent with VideoFactory Context Windows" in seen
+    else:
+        assert seen <= 1e-5
 
 
 def test_one_chunk_is_what_the_sampler_makes(found: Any) -> None:
@@ -116,6 +139,7 @@ REFUSED = {
     "tiny": "these frames are 24x4 and the model needs 8x8 or more: scale them",
     "other vae": "this VAE belongs to another family of models: connect the VAE of Load VideoFactory",
     "join length": "these are 5 frames, and the latent between the clips has 4",
+    "frame guidance": "this model does not know given frames: train it with recipes/image-to-video-16gb.toml",
     "join size": "these frames are 48x32 and the clips 24x16",
 }
 

@@ -40,7 +40,7 @@ def clip_file(host: Host, kind: str, name: str, tensors: dict[str, Tensor]) -> s
 
 def test_every_node_explains_itself(host: Host) -> None:
     nodes = {name: told for name, told in host.get("object_info").items() if name.startswith("VideoFactory")}
-    assert len(nodes) == 19
+    assert len(nodes) == 20
     translated = host.get("i18n")["en"]["nodeDefs"]
     for name, told in nodes.items():
         assert told["description"], name
