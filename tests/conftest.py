@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,24 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A real browser, without a window."""
+def chromium() -> Iterator[Callable[..., Any]]:
+    """Starts a real browser without a window: `chromium("launch", ...)`, or another of Playwright's ways."""
     playwright = pytest.importorskip("playwright.sync_api", reason="for tests in a browser: pip install playwright")
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip("for tests in a browser install Chromium")
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
+
+        def start(how: str, *arguments: Any, switches: Sequence[str] = (), **settings: Any) -> Any:
+            args = ["--no-sandbox", "--disable-gpu", *switches]
+            return getattr(started.chromium, how)(*arguments, executable_path=program, args=args, **settings)
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: Callable[..., Any]) -> Iterator[Any]:
+    """A real browser, without a window."""
+    browser = chromium("launch")
+    yield browser
+    browser.close()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,7 +15,6 @@ from comfy_server import PACK, Host
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((PACK / "subgraphs").glob("*.json"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # The first start of the frontend otherwise covers the page with a tour and a list of templates.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0}
 RED = "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type)"
@@ -36,34 +34,29 @@ FIT = """async () => {
 }"""
 
 
-@pytest.fixture(scope="session")
-def page(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def page(host: Host, chromium: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The frontend of the running host."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="for tests in a browser: pip install playwright")
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("for tests in a browser install Chromium")
     for name, value in SETTINGS.items():
         host.post(f"api/settings/{name}", value)
-    with playwright.sync_playwright() as started:
-        context = started.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("profile")),
-            executable_path=browser,
-            headless=True,
-            viewport={"width": 1600, "height": 900},
-            device_scale_factor=2,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
-        )
-        page = context.pages[0]
-        local = {"127.0.0.1", "localhost"}
-        page.route(
-            "**/*", lambda route: route.continue_() if urlparse(route.request.url).hostname in local else route.abort()
-        )
-        page.goto(host.address, wait_until="domcontentloaded")
-        page.wait_for_function("() => window.app && app.graph && app.vueAppReady && app.extensionManager")
-        page.wait_for_timeout(1500)
-        yield page
-        context.close()
+    context = chromium(
+        "launch_persistent_context",
+        str(tmp_path_factory.mktemp("profile")),
+        headless=True,
+        viewport={"width": 1600, "height": 900},
+        device_scale_factor=2,
+        switches=["--disable-background-networking", "--disable-component-update"],
+    )
+    page = context.pages[0]
+    local = {"127.0.0.1", "localhost"}
+    page.route(
+        "**/*", lambda route: route.continue_() if urlparse(route.request.url).hostname in local else route.abort()
+    )
+    page.goto(host.address, wait_until="domcontentloaded")
+    page.wait_for_function("() => window.app && app.graph && app.vueAppReady && app.extensionManager")
+    page.wait_for_timeout(1500)
+    yield page
+    context.close()
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
