@@ -33,6 +33,8 @@ STEP = 0.09
 JUMP = 1.5
 # The way that a continued object goes, over that of the drawn one, and how far it leaves its line, in heights.
 WAY, ASIDE = (0.5, 1.5), 0.1
+# Around given frames in pictures: no shape has this colour.
+FRAME = (0.0, 0.8, 0.9)
 # Of a place, in pixels of the demo.
 PIXELS = 1.5
 
@@ -138,6 +140,15 @@ def measure(row: Row, ways: Mapping[str, Way], scenes: Sequence[Scene]) -> tuple
     return found, clips
 
 
+def framed(frames: Tensor, given: Sequence[int]) -> Tensor:
+    """The clip, with a frame around those that are given."""
+    inner = frames.new_tensor(FRAME).expand_as(frames).clone()
+    inner[:, 2:-2, 2:-2] = frames[:, 2:-2, 2:-2]
+    marked = frames.clone()
+    marked[[*given]] = inner[[*given]]
+    return marked
+
+
 def report(path: Path = checkpoint.DEMO, folder: Path = Path("runs/given-report")) -> None:
     """36 combinations: print the table beside the bars and the two baselines, and write contact sheets."""
     model = checkpoint.load(path)
@@ -152,8 +163,8 @@ def report(path: Path = checkpoint.DEMO, folder: Path = Path("runs/given-report"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(scenes)} clips a row, torch {torch.__version__}\n")
     print(f"| given | {' | '.join(ways)} | bar |\n|{'---|' * (len(ways) + 2)}")
-    below = []
-    for row in ROWS:
+    below, examples = [], []
+    for number, row in enumerate(ROWS):
         found, clips = measure(row, ways, scenes)
         means = {name: sum(values) / len(values) for name, values in found.items()}
         shown = [f"{value:.0%}" if row.share else f"{value:.2f}" for value in (*means.values(), row.bar)]
@@ -162,7 +173,11 @@ def report(path: Path = checkpoint.DEMO, folder: Path = Path("runs/given-report"
         if ours < (row.bar if row.share else -row.bar) or ours <= max(others):
             below.append(row.name)
         sheet = contact_sheet([(scene.caption, clip) for scene, clip in zip(scenes, clips, strict=True)])
+        example = 8 * number % len(scenes)
+        label = f"{row.name.split(',')[0]}: {scenes[example].caption}"
+        examples.append((label, framed(clips[example], row.given)))
         sheet.save(folder / f"{row.name.split(',')[0].replace(' ', '-')}.png", optimize=True)
+    contact_sheet(examples, columns=1, shown=8).save(folder / "given-frames.png", optimize=True)
     print(f"\npictures: {folder}")
     if below:
         sys.exit(f"below the bar or a baseline: {', '.join(below)}")
