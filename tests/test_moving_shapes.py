@@ -415,6 +415,10 @@ def test_long_clips_go_on_as_clips_begin_and_turn_back_at_the_edges() -> None:
         steps = centres.diff(dim=0).norm(dim=1)
         usual = scene.travel / 15 * pace
         assert (steps <= usual + 1e-5).all()
+        # The direction is in the words only where it is the clip's.
+        turns = bool((centres.diff(dim=0) @ (centres[1] - centres[0]) < -1e-6).any())
+        assert (f" {scene.direction} " in scene.caption) == (scene.laps <= 1)
+        assert scene.laps > 1 or not turns
         assert ((steps - usual).abs() < 1e-5).float().mean() > 0.8
         # Never out of the picture, nor into its rim.
         mask = object_mask(scene, 61)

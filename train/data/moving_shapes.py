@@ -108,6 +108,9 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """What is true of the whole clip: no direction where the shape turns back at an edge."""
+        if self.laps > 1:
+            return f"a {self.colour} {self.shape} moving on a {self.background} background"
         return caption(self.combination)
 
 
@@ -247,7 +250,7 @@ class MovingShapes(Dataset[Clip]):
 class LongShapes(MovingShapes):
     """The same shapes for longer than the `clip_frames` of a clip, as fast as there, half or a quarter as fast.
 
-    They turn back at the edges; what a caption says of the direction is true until then.
+    They turn back at the edges. Captions that named the direction taught a model that the word means nothing.
     """
 
     def __init__(self, num_clips: int, num_frames: int, clip_frames: int, height: int, width: int, seed: int) -> None:
