@@ -101,7 +101,10 @@ class HostModel(comfy.model_base.BaseModel):
         noise: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`x` of sigma `t`, one a row; the frames that are `held` at a timestep are those of `shown`."""
+        """`x` of sigma `t`, one a row; the frames that are `held` at a timestep are those of `shown`.
+
+        `noise` waits among the conditions for `hide`.
+        """
         if held is None:
             return super().apply_model(x, t, *args, **kwargs)
         if x.ndim == 5 and held.shape[2] != x.shape[2]:

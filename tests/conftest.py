@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +56,21 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Callable[..., Any]]:
-    """Starts a real browser without a window: `chromium("launch", ...)`, or another of Playwright's ways."""
+def chromium() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Playwright's Chromium, and the settings with which it starts here, without a window and without calling home."""
     playwright = pytest.importorskip("playwright.sync_api", reason="for tests in a browser: pip install playwright")
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip("for tests in a browser install Chromium")
+    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with playwright.sync_playwright() as started:
-
-        def start(how: str, *arguments: Any, switches: Sequence[str] = (), **settings: Any) -> Any:
-            args = ["--no-sandbox", "--disable-gpu", *switches]
-            return getattr(started.chromium, how)(*arguments, executable_path=program, args=args, **settings)
-
-        yield start
+        yield started.chromium, {"executable_path": program, "args": switches, "headless": True}
 
 
 @pytest.fixture(scope="module")
-def browser(chromium: Callable[..., Any]) -> Iterator[Any]:
+def browser(chromium: tuple[Any, dict[str, Any]]) -> Iterator[Any]:
     """A real browser, without a window."""
-    browser = chromium("launch")
+    program, settings = chromium
+    browser = program.launch(**settings)
     yield browser
     browser.close()

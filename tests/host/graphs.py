@@ -8,6 +8,17 @@ from typing import Any
 Graph = dict[str, dict[str, Any]]
 DEMO = "demo [bundled]"
 PROMPT = "a red circle moving right on a black background"
+SAMPLING = {
+    "seed": 0,
+    "steps": 25,
+    "cfg": 2.0,
+    "sampler_name": "euler",
+    "scheduler": "simple",
+    "denoise": 1.0,
+    "motion_scale": 1.0,
+    "swap_strength": 1.0,
+    "free_noise": False,
+}
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -16,17 +27,6 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 def clip_latent(prompt: str = PROMPT, negative: str = "", frames: int = 16, clips: int = 1, **sampling: Any) -> Graph:
     """Load, write, sample; the latent is output 0 of "sample"."""
-    settings = {
-        "seed": 0,
-        "steps": 25,
-        "cfg": 2.0,
-        "sampler_name": "euler",
-        "scheduler": "simple",
-        "denoise": 1.0,
-        "motion_scale": 1.0,
-        "swap_strength": 1.0,
-        "free_noise": False,
-    }
     return {
         "load": node("VideoFactoryLoader", checkpoint=DEMO),
         "write": node("VideoFactoryTextEncode", clip=["load", 1], prompt=prompt, negative_prompt=negative, frames=0),
@@ -38,7 +38,7 @@ def clip_latent(prompt: str = PROMPT, negative: str = "", frames: int = 16, clip
                 "positive": ["write", 0],
                 "negative": ["write", 1],
                 "latent": ["empty", 0],
-                **settings,
+                **SAMPLING,
                 **sampling,
             },
         ),

@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from graphs import PROMPT, SAMPLING
 from inside import error, start
 
-PROMPT = "a red circle moving right on a black background"
 # The host and the core agree on the levels of so many steps.
 STEPS, CFG = 4, 2.0
 
@@ -78,15 +78,9 @@ class Bench:
             "model": self.models[kind],
             "positive": self.conditions[0],
             "negative": self.conditions[1],
-            "seed": 0,
+            **SAMPLING,
             "steps": STEPS,
             "cfg": CFG,
-            "sampler_name": "euler",
-            "scheduler": "simple",
-            "denoise": 1.0,
-            "motion_scale": 1.0,
-            "swap_strength": 1.0,
-            "free_noise": False,
         }
         if node == "LongSampler":
             settings |= {"chunk": 16, "overlap": 4, "anchors": 0, "match_colours": False}
@@ -149,9 +143,10 @@ def guided_frames(bench: Bench) -> dict[str, Any]:
 
     latent = bench.latent(16, [0, 15])
     follow = module("nodes.condition").FrameGuidance.execute
+    guiding = {kind: follow(bench.models[kind], 2.5).args[0] for kind in ("told", "epsilon")}
     found: dict[str, Any] = {}
     for kind, cfg in (("told", 2.0), ("told", 1.0), ("epsilon", 2.0)):
-        guided = follow(bench.models[kind], 2.5).args[0]
+        guided = guiding[kind]
         made = bench.sample(latent, kind, model=guided, cfg=cfg)
         found[f"{kind}, {cfg}"] = {
             "error": error(made, bench.expected(latent, kind, True, cfg, 2.5)),
@@ -164,14 +159,8 @@ def guided_frames(bench: Bench) -> dict[str, Any]:
     found["one"] = follow(bench.models["told"], 1.0).args[0] is bench.models["told"]
     windows = module("nodes.sample").ContextWindows.execute
     halves = bench.latent(32, [3, 20])
-    together = bench.sample(halves, model=windows(follow(bench.models["told"], 2.5).args[0], 16, 0, False).args[0])
-    noise = bench.noise(32)
-    guided = follow(bench.models["told"], 2.5).args[0]
-    apart = []
-    for half in (slice(16), slice(16, 32)):
-        part = {"samples": halves["samples"][half], "noise_mask": halves["noise_mask"][half]}
-        apart.append(hosts_own(bench, part, "told", noise[half], model=guided))
-    found["windows"] = error(together, torch.cat(apart))
+    together = bench.sample(halves, model=windows(guiding["told"], 16, 0, False).args[0])
+    found["windows"] = error(together, apart(bench, halves, guiding["told"]))
     return found
 
 
@@ -192,6 +181,18 @@ def hosts_own(bench: Bench, latent: Any, kind: str, noise: Any = None, model: An
         disable_pbar=True,
         seed=0,
     )
+
+
+def apart(bench: Bench, latent: Any, model: Any = None) -> Any:
+    """What KSampler makes of the two halves of a LATENT of 32 frames, each alone with its part of the noise."""
+    import torch
+
+    noise = bench.noise(32)
+    halves = []
+    for half in (slice(16), slice(16, 32)):
+        part = {"samples": latent["samples"][half], "noise_mask": latent["noise_mask"][half]}
+        halves.append(hosts_own(bench, part, "told", noise[half], model=model))
+    return torch.cat(halves)
 
 
 def masks_inside_frames(bench: Bench) -> dict[str, Any]:
@@ -218,16 +219,11 @@ def masks_inside_frames(bench: Bench) -> dict[str, Any]:
 def windows(bench: Bench) -> dict[str, Any]:
     """Context windows without overlap are clips of their own, with their own given frames."""
     import comfy.context_windows
-    import torch
 
     latent = bench.latent(32, [3, 20])
     patched = module("nodes.sample").ContextWindows.execute(bench.models["told"], 16, 0, False).args[0]
     together = bench.sample(latent, model=patched)
-    noise = bench.noise(32)
-    halves = []
-    for half in (slice(16), slice(16, 32)):
-        part = {"samples": latent["samples"][half], "noise_mask": latent["noise_mask"][half]}
-        halves.append(hosts_own(bench, part, "told", noise[half]))
+    halves = apart(bench, latent)
 
     theirs = bench.models["told"].clone()
     way = comfy.context_windows
@@ -240,14 +236,15 @@ def windows(bench: Bench) -> dict[str, Any]:
     )
     five = {"samples": latent["samples"].movedim(0, 1)[None], "noise_mask": latent["noise_mask"]}
     try:
-        made = hosts_own(bench, five, "told", noise.movedim(0, 1)[None], model=theirs)[0].movedim(1, 0)
-        of_the_host: float | str = error(made, torch.cat(halves))
+        noise = bench.noise(32).movedim(0, 1)[None]
+        made = hosts_own(bench, five, "told", noise, model=theirs)[0].movedim(1, 0)
+        of_the_host: float | str = error(made, halves)
     except ValueError as refused:
         of_the_host = str(refused)
     return {
         "of the host": of_the_host,
-        "error": error(together, torch.cat(halves)),
-        "without": error(bench.sample(bench.latent(32), model=patched), torch.cat(halves)),
+        "error": error(together, halves),
+        "without": error(bench.sample(bench.latent(32), model=patched), halves),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -35,18 +35,13 @@ FIT = """async () => {
 
 
 @pytest.fixture(scope="module")
-def page(host: Host, chromium: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def page(host: Host, chromium: tuple[Any, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The frontend of the running host."""
     for name, value in SETTINGS.items():
         host.post(f"api/settings/{name}", value)
-    context = chromium(
-        "launch_persistent_context",
-        str(tmp_path_factory.mktemp("profile")),
-        headless=True,
-        viewport={"width": 1600, "height": 900},
-        device_scale_factor=2,
-        switches=["--disable-background-networking", "--disable-component-update"],
-    )
+    program, settings = chromium
+    profile, viewport = str(tmp_path_factory.mktemp("profile")), {"width": 1600, "height": 900}
+    context = program.launch_persistent_context(profile, viewport=viewport, device_scale_factor=2, **settings)
     page = context.pages[0]
     local = {"127.0.0.1", "localhost"}
     page.route(

@@ -250,7 +250,7 @@ class MovingShapes(Dataset[Clip]):
 class LongShapes(MovingShapes):
     """The same shapes for longer than the `clip_frames` of a clip, as fast as there, half or a quarter as fast.
 
-    They turn back at the edges. Captions that named the direction taught a model that the word means nothing.
+    They turn back at the edges, where captions name no direction: no word would stay true.
     """
 
     def __init__(self, num_clips: int, num_frames: int, clip_frames: int, height: int, width: int, seed: int) -> None:
