@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..videofactory_core.fit import FITS, Fit, fit_frames
+from ..videofactory_core.pipeline import UNTRAINED
 from . import host
 from .decode import encode
 from .host import FRAMES
@@ -310,7 +311,7 @@ class FrameGuidance(io.ComfyNode):
         if config is None:
             raise ValueError("this model belongs to another family: connect the model of Load VideoFactory")
         if not config.given_frames:
-            raise ValueError("this model does not know given frames: train it with recipes/image-to-video-16gb.toml")
+            raise ValueError("this model knows no given frames: train it with train/recipes/image-to-video-16gb.toml")
         if scale == 1:
             return io.NodeOutput(model)
         model = model.clone()
@@ -388,15 +389,19 @@ def latent_with(vae: Any, frames: Tensor, places: Sequence[int], num_frames: int
 
 def told(model: Any, num_frames: int, frames: Tensor, *said: str) -> str:
     """What an artist should know, a line each: what was done to `frames [F, H, W, 3]`, what the model never learned."""
-    lines = [words[0].upper() + words[1:] + "." for words in said if words]
+    lines = [sentence(words) for words in said if words]
     config = host.config_of(model) if model is not None else None
     if config is not None:
         lines.append(host.unusual(config, num_frames, frames.shape[2], frames.shape[1]))
         if num_frames > config.frames:
             lines.append("VideoFactory Long Sampler makes it in chunks as long as the model knows.")
         if not config.given_frames:
-            lines.append(host.UNTRAINED)
+            lines.append(sentence(UNTRAINED))
     return "\n".join(filter(None, lines))
+
+
+def sentence(words: str) -> str:
+    return words[0].upper() + words[1:] + "."
 
 
 NODES = [ImageToVideo, FirstLastFrame, ExtendVideo, Inbetween, Transition, Join, FrameGuidance]

@@ -31,11 +31,6 @@ from .network import HostUNet
 FRAMES = "videofactory_frames"
 # In a CONDITIONING: prompts for key frames.
 SCHEDULE = "videofactory_schedule"
-# What to know of given frames where a model has never seen any.
-UNTRAINED = (
-    "This model was never trained on given frames, so they are blended in as noise and may not be followed:"
-    " train it with train/recipes/image-to-video-16gb.toml."
-)
 # Stable Diffusion's latents; previews of others come from the checkpoint.
 SD_SCALE_FACTOR = 0.18215
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..videofactory_core.config import ModelConfig
 from ..videofactory_core.long import chunks, match
+from ..videofactory_core.pipeline import UNTRAINED
 from . import host
 from .host import FRAMES, SCHEDULE
 from .load import CATEGORY
@@ -92,7 +93,7 @@ class LongSampler(io.ComfyNode):
         given = set(host.left_alone(masks).flatten(1).all(0).nonzero().flatten().tolist())
         plan = [*chunks(layout.num_frames, chunk, overlap, given)]
         if not config.given_frames and (given or len(plan) > 1):
-            logging.warning("VideoFactory: %s", host.UNTRAINED)
+            logging.warning("VideoFactory: %s", UNTRAINED)
 
         run = Run(model, steps, cfg, sampler_name, scheduler, denoise)
         show = latent_preview.prepare_callback(model, steps * len(plan))

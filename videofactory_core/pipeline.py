@@ -17,6 +17,12 @@ from .memory import total_memory
 from .prompts import PromptSchedule, parse
 from .sampling import SAMPLERS, Known, sample
 
+# What to know of given frames where a model has never seen any.
+UNTRAINED = (
+    "this model was never trained on given frames, so they are blended in as noise and may not be followed:"
+    " train it with train/recipes/image-to-video-16gb.toml"
+)
+
 
 def check_request(
     config: ModelConfig, num_frames: int, width: int, height: int, guidance_scale: float, sampler: str, steps: int
@@ -80,11 +86,7 @@ def check_given(given: Mapping[int, Tensor], num_frames: int, width: int, height
 def warn_of_given(config: ModelConfig) -> None:
     """Warn of a model that never learned what given frames are."""
     if not config.given_frames:
-        warnings.warn(
-            "this model was never trained on given frames, so they are blended in as noise and may not be followed;"
-            " train it with recipes/image-to-video-16gb.toml",
-            stacklevel=3,
-        )
+        warnings.warn(UNTRAINED, stacklevel=3)
 
 
 def encode_prompts(model: Model, prompt: str, negative_prompt: str, guidance_scale: float) -> list[PromptSchedule]:

@@ -139,7 +139,7 @@ REFUSED = {
     "tiny": "these frames are 24x4 and the model needs 8x8 or more: scale them",
     "other vae": "this VAE belongs to another family of models: connect the VAE of Load VideoFactory",
     "join length": "these are 5 frames, and the latent between the clips has 4",
-    "frame guidance": "this model does not know given frames: train it with recipes/image-to-video-16gb.toml",
+    "frame guidance": "this model knows no given frames: train it with train/recipes/image-to-video-16gb.toml",
     "join size": "these frames are 48x32 and the clips 24x16",
 }
 
