@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from videofactory_train.data.moving_shapes import LongShapes
+from videofactory_train.data.moving_shapes import MovingShapes
 
 from videofactory_core import checkpoint
 from videofactory_core.long import generate_long
@@ -91,7 +91,7 @@ def report() -> None:
     print(f"| peak memory of {FRAMES} frames / of 64 | {peak(FRAMES) / peak(64):.3f} | {BAR_MEMORY} |", flush=True)
 
     # The same words for as long; pieces of 28 frames as those that are made.
-    shapes = LongShapes(8, FRAMES, CLIP, model.config.height, model.config.width, seed=5)
+    shapes = MovingShapes(8, FRAMES, model.config.height, model.config.width, seed=5)
     drawn = [
         drift(piece.permute(1, 2, 3, 0) / 2 + 0.5 for piece in shapes[index]["video"].split(CHUNK - OVERLAP, dim=1))
         for index in range(len(shapes))

@@ -24,12 +24,10 @@ from videofactory_train.data.moving_shapes import (
     SHAPES,
     TRAINING,
     Combination,
-    LongShapes,
     MovingShapes,
     Scene,
     draw,
     object_mask,
-    path,
     random_scene,
 )
 from videofactory_train.data.shape_checker import Verdict, check, summarise
@@ -397,34 +395,3 @@ def test_summary_gives_the_share_of_clips_right_in_each_attribute():
 def test_summary_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no results"):
         summarise([])
-
-
-def test_long_clips_go_on_as_clips_begin_and_turn_back_at_the_edges() -> None:
-    long = LongShapes(60, 61, 16, 72, 128, seed=2)
-    paces = Counter()
-    for i in range(60):
-        scene = long.scene(i)
-        pace = scene.laps * 15 / 60
-        paces[pace] += 1
-        centres = path(scene, 61)
-        # A clip is every first, second or fourth frame of its beginning.
-        once = path(replace(scene, laps=1.0), 16)
-        stride = round(1 / pace)
-        assert torch.allclose(centres[: 15 * stride + 1 : stride], once, atol=1e-5)
-        # As far from frame to frame, save where it turns back.
-        steps = centres.diff(dim=0).norm(dim=1)
-        usual = scene.travel / 15 * pace
-        assert (steps <= usual + 1e-5).all()
-        # The direction is in the words only where it is the clip's.
-        turns = bool((centres.diff(dim=0) @ (centres[1] - centres[0]) < -1e-6).any())
-        assert (f" {scene.direction} " in scene.caption) == (scene.laps <= 1)
-        assert scene.laps > 1 or not turns
-        assert ((steps - usual).abs() < 1e-5).float().mean() > 0.8
-        # Never out of the picture, nor into its rim.
-        mask = object_mask(scene, 61)
-        rim = torch.ones(72, 128, dtype=torch.bool)
-        rim[1:-1, 1:-1] = False
-        assert not mask[:, rim].any()
-    assert set(paces) == {1.0, 0.5, 0.25}
-    assert min(paces.values()) > 3
-    assert paces[1.0] > 30

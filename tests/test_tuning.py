@@ -379,7 +379,7 @@ frame_dropout = 0.5
 frames = { none = 1, first = 1 }
 [stages.windows]
 clips = 3
-frames = 9
+frames = 16
 condition = { frames = { prefix = 1 } }
 """
 
@@ -395,22 +395,23 @@ def test_a_model_that_learns_given_frames_says_so(tmp_path: Path, clips: Path, d
     assert not checkpoint.check(made(write(tmp_path / "no", later, clips, debug_checkpoint)))[0].config.given_frames
 
 
-def test_windows_are_frames_in_a_row_of_one_clip_and_every_second_batch() -> None:
+def test_windows_are_frames_of_one_clip_in_a_row_or_every_second_and_every_second_batch() -> None:
     numbers = torch.arange(5 * 20).view(5, 1, 20, 1, 1).half()
     data = Latents(numbers, torch.arange(5)[:, None, None].expand(5, 1, 77))
     condition = Condition(GivenFrames(prefix=1))
     windows = WindowBatches(data, condition, 5, 4, 0, Process())
     seen = set()
-    for number, batch in zip(range(40), windows(0), strict=False):
+    for number, batch in zip(range(80), windows(0), strict=False):
         frames = 4 + 4 * (number % 2)
         assert batch.latents.shape == (5 if frames == 4 else 3, 1, frames, 1, 1)
         assert batch.condition is condition
-        assert (batch.latents.diff(dim=2) == 1).all()
+        stride = 1 + number // 2 % 2
+        assert (batch.latents.diff(dim=2) == stride).all()
         first = batch.latents[:, 0, 0, 0, 0].long()
         assert torch.equal(first // 20, batch.tokens[:, 0, 0])
-        assert (first % 20 <= 20 - frames).all()
-        seen |= {(frames, start) for start in (first % 20).tolist()}
-    assert len(seen) == 17 + 13
+        assert (first % 20 < 20 - (frames - 1) * stride).all()
+        seen |= {(frames, stride, start) for start in (first % 20).tolist()}
+    assert len(seen) == 17 + 13 + 14 + 6
     again = next(windows(7))
     assert torch.equal(again.latents, next(itertools.islice(windows(0), 7, None)).latents)
 
@@ -430,7 +431,7 @@ def test_windows_are_frames_in_a_row_of_one_clip_and_every_second_batch() -> Non
 @pytest.mark.parametrize(
     ("text", "change", "message"),
     [
-        (GIVEN, "stages.windows.frames=7", "twice 4 frames are more than the 7 that there are"),
+        (GIVEN, "stages.windows.frames=15", "windows.frames: 15 are too few; use 16 or more"),
         (STAGES, "stages.windows={clips=3, condition={frames={first=1}}}", "windows are those of drawn clips"),
         (LORA, "condition={frames={first=1}}", "a LoRA file cannot say that it knows given frames"),
     ],

@@ -94,7 +94,8 @@ class LatentBatches:
 class WindowBatches:
     """Random windows of the long clips in `data`, as random batches of them.
 
-    Each has `batch_size` windows of `frames` frames, or half as many of twice the frames, by turns.
+    By turns each has `batch_size` windows of `frames` frames, or half as many of twice the frames; in a row, or every
+    second.
     """
 
     data: Latents
@@ -108,11 +109,12 @@ class WindowBatches:
         """This process's part of batch number `first` and of those behind it."""
         for number in itertools.count(first):
             generator = torch.Generator().manual_seed(seed_for(self.seed, number))
-            times = 1 + number % 2
-            frames, whole = times * self.frames, self.process.world * -(-self.batch_size // times)
+            times, stride = 1 + number % 2, 1 + number // 2 % 2
+            whole = self.process.world * -(-self.batch_size // times)
+            frames = stride * torch.arange(times * self.frames)
             chosen = self.process.rows(torch.randint(len(self.data.latents), (whole,), generator=generator))
-            starts = torch.randint(self.data.latents.shape[2] - frames + 1, (whole,), generator=generator)
-            where = self.process.rows(starts)[:, None] + torch.arange(frames)
+            starts = torch.randint(self.data.latents.shape[2] - int(frames[-1]), (whole,), generator=generator)
+            where = self.process.rows(starts)[:, None] + frames
             # Indexed on both sides of the channels, frames come before them.
             windows = rearrange(self.data.latents[chosen[:, None], :, where], "B F C h w -> B C F h w")
             yield Latents(windows.float(), self.data.tokens[chosen], self.condition)

@@ -271,10 +271,9 @@ class AdapterRecipe(TuningRecipe, Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Every second batch is cut out of longer drawn clips.
+    """Every second batch is cut out of longer drawn clips, in which shapes go as far and so are slower.
 
-    Half of these have twice the model's frames. Shapes turn back at the edges there, so that captions do not say how
-    they move; enough frames have to be given that do.
+    By turns it has the model's frames or twice as many, in a row or every second of them.
     """
 
     condition: Condition

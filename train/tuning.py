@@ -22,7 +22,7 @@ from videofactory_core.unet.model import VideoUNet
 from .data.batches import Batch, Group, RawBatch, by_bucket, loader
 from .data.cache import Cache, Filled, encode_frames
 from .data.content import checksum
-from .data.moving_shapes import LongShapes, MovingShapes
+from .data.moving_shapes import MovingShapes
 from .data.samples import DatasetConfig, Sample, hold_out, samples_of
 from .data.sources import read_dataset
 from .denoiser import (
@@ -232,11 +232,13 @@ class Tuning:
         batches = LatentBatches(self.latents(clips), schedule.batch_size, None, 1, seed, process)
         fingerprint = f"{count} drawn clips, seed {drawn}"
         if windows is not None:
-            longest = min(windows.frames, config.unet.temporal_positions or windows.frames)
-            if longest < 2 * config.frames:
-                raise ValueError(f"windows: twice {config.frames} frames are more than the {longest} that there are")
+            if windows.frames < 4 * config.frames:
+                raise ValueError(f"windows.frames: {windows.frames} are too few; use {4 * config.frames} or more")
+            positions = config.unet.temporal_positions
+            if positions and positions < 2 * config.frames:
+                raise ValueError(f"windows: the model knows {positions} frame positions, not twice {config.frames}")
             count = self.few(windows.clips)
-            long = LongShapes(count, windows.frames, config.frames, *size, drawn + 1)
+            long = MovingShapes(count, windows.frames, *size, drawn + 1)
             other = WindowBatches(
                 self.latents(long), windows.condition, schedule.batch_size, config.frames, seed, process
             )

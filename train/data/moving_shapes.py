@@ -86,7 +86,7 @@ class Scene:
     """One clip, whatever its resolution and frame rate; lengths in picture heights.
 
     The shape's centre goes at constant speed from `(start_x, start_y)` in the first frame to `travel` further along
-    `direction` in the last, or with `returns` in the middle, and back; or `laps` times as far. `size` is the radius of
+    `direction` in the last, or with `returns` in the middle, and back. `size` is the radius of
     a circle; squares and triangles look as large as that circle.
     """
 
@@ -99,8 +99,6 @@ class Scene:
     start_y: float
     travel: float
     returns: bool = False
-    # How many times as far it goes, turning back at the edges.
-    laps: float = 1.0
 
     @property
     def combination(self) -> Combination:
@@ -108,9 +106,6 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """What is true of the whole clip: no direction where the shape turns back at an edge."""
-        if self.laps > 1:
-            return f"a {self.colour} {self.shape} moving on a {self.background} background"
         return caption(self.combination)
 
 
@@ -155,22 +150,12 @@ def signed_distance(shape: str, size: float | Tensor, x: Tensor, y: Tensor) -> T
 def path(scene: Scene, num_frames: int = 16, aspect: float = 16 / 9) -> Tensor:
     """Where the shape's centre is in every frame of a picture of `aspect` width / height: `[F, 2]`, x and y."""
     step_x, step_y = DIRECTIONS[scene.direction]
-    moved = torch.linspace(0, scene.travel * scene.laps, num_frames)
+    moved = torch.linspace(0, scene.travel, num_frames)
     if scene.returns:
         moved = scene.travel - (scene.travel - 2 * moved).abs()
     centre_x = scene.start_x + step_x * moved
     centre_y = scene.start_y + step_y * moved
-    if scene.laps > 1:
-        left, right, up, down = (scene.size * reach + MARGIN for reach in REACH[scene.shape])
-        centre_x, centre_y = _turned(centre_x, left, aspect - right), _turned(centre_y, up, 1 - down)
     return torch.stack([centre_x, centre_y], dim=1)
-
-
-def _turned(at: Tensor, low: float, high: float) -> Tensor:
-    """Places on a line that goes on without end, folded to where it turns back at `low` and at `high`."""
-    room = high - low
-    beyond = torch.remainder(at - low, 2 * room)
-    return low + torch.minimum(beyond, 2 * room - beyond)
 
 
 def object_mask(scene: Scene, num_frames: int = 16, height: int = 72, width: int = 128) -> Tensor:
@@ -245,22 +230,6 @@ class MovingShapes(Dataset[Clip]):
         scene = self.scene(index)
         mask = object_mask(scene, self.num_frames, self.height, self.width)
         return Clip(video=paint(scene, mask), caption=scene.caption, mask=mask)
-
-
-class LongShapes(MovingShapes):
-    """The same shapes for longer than the `clip_frames` of a clip: two of three as fast, others half or a quarter so.
-
-    They turn back at the edges, where captions name no direction: no word would stay true.
-    """
-
-    def __init__(self, num_clips: int, num_frames: int, clip_frames: int, height: int, width: int, seed: int) -> None:
-        super().__init__(num_clips, num_frames, height, width, seed)
-        self.clip_frames = clip_frames
-
-    def scene(self, index: int) -> Scene:
-        # Fast ones are the harder to go on with.
-        pace = (1, 1, 1, 1, 1 / 2, 1 / 4)[torch.randint(6, (), generator=generator_for(self.seed, index, stream=2))]
-        return replace(super().scene(index), laps=pace * (self.num_frames - 1) / (self.clip_frames - 1))
 
 
 def generator_for(seed: int, index: int, stream: int) -> torch.Generator:
