@@ -18,7 +18,6 @@ from . import host
 from .decode import encode
 from .host import FRAMES
 from .load import CATEGORY
-from .sample import size_inputs
 
 
 class Parts(NamedTuple):
@@ -35,6 +34,13 @@ PARTS = io.Custom("VIDEOFACTORY_PARTS")
 
 def vae_input() -> io.Input:
     return io.Vae.Input("vae", tooltip="The autoencoder of Load VideoFactory.")
+
+
+def size_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input("width", default=128, min=8, max=8192, step=8, tooltip="Pixels of the clip."),
+        io.Int.Input("height", default=72, min=8, max=8192, step=8, tooltip="Pixels of the clip."),
+    ]
 
 
 def fit_input(what: str) -> io.Input:

@@ -25,13 +25,6 @@ from .load import CATEGORY
 from .network import OPTIONS
 
 
-def size_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input("width", default=128, min=8, max=8192, step=8, tooltip="Pixels of the clip."),
-        io.Int.Input("height", default=72, min=8, max=8192, step=8, tooltip="Pixels of the clip."),
-    ]
-
-
 class EmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -41,7 +34,8 @@ class EmptyLatent(io.ComfyNode):
             category=CATEGORY,
             description="Room for one or several clips. Their frames stand one behind the other in the batch.",
             inputs=[
-                *size_inputs(),
+                io.Int.Input("width", default=128, min=8, max=8192, step=8, tooltip="Pixels of the clip."),
+                io.Int.Input("height", default=72, min=8, max=8192, step=8, tooltip="Pixels of the clip."),
                 io.Int.Input("frames", default=16, min=1, max=4096, tooltip="Length of a clip."),
                 io.Int.Input("clips", default=1, min=1, max=64, tooltip="How many clips to make at once."),
                 io.Model.Input(
