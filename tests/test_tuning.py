@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from videofactory_train.run import run_recipe
 
 from videofactory_core import adapters, checkpoint
 from videofactory_core.condition import Condition, GivenFrames
+from videofactory_core.config import PRESETS
 from videofactory_core.objective import Process
 from videofactory_core.video import read_video, write_video
 
@@ -442,6 +444,15 @@ def test_conditions_that_cannot_be_trained_are_refused(
     with pytest.raises(ValueError, match=message):
         run_recipe(write(tmp_path, text, clips, debug_checkpoint), changes=[change])
     assert not (tmp_path / "mine.safetensors").exists()
+
+
+def test_windows_longer_than_the_positions_of_the_model_are_refused(tmp_path: Path, clips: Path) -> None:
+    config = PRESETS["debug"]
+    config = replace(config, unet=replace(config.unet, temporal_positions=2 * config.frames - 1))
+    path = tmp_path / "short.safetensors"
+    checkpoint.save(path, checkpoint.build(config), checkpoint.Metadata(title="a", licence="MIT", origin="a test"))
+    with pytest.raises(ValueError, match="the model knows 7 frame positions; windows need 8"):
+        run_recipe(write(tmp_path, GIVEN, clips, path))
 
 
 def test_data_check_says_what_is_left_out_and_ends_with_1(

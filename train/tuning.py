@@ -236,7 +236,7 @@ class Tuning:
                 raise ValueError(f"windows.frames: {windows.frames} are too few; use {4 * config.frames} or more")
             positions = config.unet.temporal_positions
             if positions and positions < 2 * config.frames:
-                raise ValueError(f"windows: the model knows {positions} frame positions, not twice {config.frames}")
+                raise ValueError(f"the model knows {positions} frame positions; windows need {2 * config.frames}")
             count = self.few(windows.clips)
             long = MovingShapes(count, windows.frames, *size, drawn + 1)
             other = WindowBatches(

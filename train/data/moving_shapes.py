@@ -86,8 +86,8 @@ class Scene:
     """One clip, whatever its resolution and frame rate; lengths in picture heights.
 
     The shape's centre goes at constant speed from `(start_x, start_y)` in the first frame to `travel` further along
-    `direction` in the last, or with `returns` in the middle, and back. `size` is the radius of
-    a circle; squares and triangles look as large as that circle.
+    `direction` in the last, or with `returns` in the middle, and back. `size` is the radius of a circle; squares and
+    triangles look as large as that circle.
     """
 
     colour: str
@@ -147,20 +147,18 @@ def signed_distance(shape: str, size: float | Tensor, x: Tensor, y: Tensor) -> T
     return torch.maximum(math.sqrt(3) / 2 * x.abs() - y / 2, y).sub_(TRIANGLE_INRADIUS * size)
 
 
-def path(scene: Scene, num_frames: int = 16, aspect: float = 16 / 9) -> Tensor:
-    """Where the shape's centre is in every frame of a picture of `aspect` width / height: `[F, 2]`, x and y."""
+def path(scene: Scene, num_frames: int = 16) -> Tensor:
+    """Where the shape's centre is in every frame: `[F, 2]`, x and y."""
     step_x, step_y = DIRECTIONS[scene.direction]
     moved = torch.linspace(0, scene.travel, num_frames)
     if scene.returns:
         moved = scene.travel - (scene.travel - 2 * moved).abs()
-    centre_x = scene.start_x + step_x * moved
-    centre_y = scene.start_y + step_y * moved
-    return torch.stack([centre_x, centre_y], dim=1)
+    return torch.stack([scene.start_x + step_x * moved, scene.start_y + step_y * moved], dim=1)
 
 
 def object_mask(scene: Scene, num_frames: int = 16, height: int = 72, width: int = 128) -> Tensor:
     """How much of every pixel the shape covers: `[F, H, W]` in 0..1, with an anti-aliased edge one pixel wide."""
-    centre_x, centre_y = path(scene, num_frames, width / height).unbind(1)
+    centre_x, centre_y = path(scene, num_frames).unbind(1)
     x = ((torch.arange(width) + 0.5) / height - centre_x[:, None])[:, None, :]
     y = ((torch.arange(height) + 0.5) / height - centre_y[:, None])[:, :, None]
     return signed_distance(scene.shape, scene.size, x, y).mul_(-height).add_(0.5).clamp_(0, 1)
