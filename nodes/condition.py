@@ -399,7 +399,7 @@ def told(model: Any, num_frames: int, frames: Tensor, *said: str) -> str:
     config = host.config_of(model) if model is not None else None
     if config is not None:
         lines.append(host.unusual(config, num_frames, frames.shape[2], frames.shape[1]))
-        if num_frames > config.frames:
+        if num_frames > config.chunk:
             lines.append("VideoFactory Long Sampler makes it in chunks as long as the model knows.")
         if not config.given_frames:
             lines.append(sentence(UNTRAINED))

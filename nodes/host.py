@@ -319,7 +319,7 @@ def load_autoencoder(file: ModelFile) -> Any:
 
 def unusual(config: ModelConfig, frames: int, width: int, height: int) -> str:
     """In a sentence how a clip differs from those that a model was trained on, "" where it does not."""
-    if (frames, width, height) == (config.frames, config.width, config.height):
+    if config.knows(frames, width, height):
         return ""
     return (
         f"The model was trained on {config.frames} frames of {config.width} x {config.height};"

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..videofactory_core.config import ModelConfig
-from ..videofactory_core.long import chunks, match
+from ..videofactory_core.long import chunks, match, usual_chunk, usual_overlap
 from ..videofactory_core.pipeline import UNTRAINED
 from . import host
 from .host import FRAMES, SCHEDULE
@@ -35,9 +35,19 @@ class LongSampler(io.ComfyNode):
             " frames of the one before it, and knowing the frames that are given inside it.",
             inputs=[
                 *sampling_inputs(),
-                io.Int.Input("chunk", default=16, min=2, max=4096, tooltip="Frames of a chunk, as trained."),
                 io.Int.Input(
-                    "overlap", default=4, min=1, max=4095, tooltip="Frames that a chunk is shown of the one before it."
+                    "chunk",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="Frames of a chunk; 0 for as many as the model learned.",
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=0,
+                    min=0,
+                    max=4095,
+                    tooltip="Frames that a chunk is shown of the one before it; 0 for a quarter of the chunk.",
                 ),
                 io.Int.Input(
                     "anchors",
@@ -76,14 +86,15 @@ class LongSampler(io.ComfyNode):
         anchors: int,
         match_colours: bool,
     ) -> io.NodeOutput:
-        if overlap >= chunk:
-            raise ValueError(f"chunks of {chunk} frames cannot overlap by {overlap}: use fewer than {chunk}")
         model, samples, noise = begin(model, latent, seed, motion_scale, swap_strength, free_noise)
         layout = Layout.of(latent, samples, positive)
-        length = min(chunk, layout.num_frames)
         config = host.config_of(model)
         assert config is not None
-        check_length(config, length, anchors)
+        chunk = chunk or usual_chunk(config, anchors)
+        overlap = overlap or usual_overlap(chunk)
+        if overlap >= chunk:
+            raise ValueError(f"chunks of {chunk} frames cannot overlap by {overlap}: use fewer than {chunk}")
+        check_length(config, min(chunk, layout.num_frames), anchors)
 
         latents, noise = layout.unfold(samples).clone(), layout.unfold(noise)
         masks = torch.ones_like(latents[:, :1])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from videofactory_core import checkpoint
 from videofactory_core.checkpoint import Model
-from videofactory_core.long import chunks, generate_long
+from videofactory_core.long import chunks, generate_long, usual_chunk, usual_overlap
 from videofactory_core.pipeline import decode_latents, encode_frames, generate
 
 PROMPT = "a red circle"
@@ -76,6 +76,18 @@ def test_chunks_that_would_add_nothing_are_refused() -> None:
         list(chunks(20, 4, 4))
     with pytest.raises(ValueError, match="use 2 or more"):
         list(chunks(20, 1, 1))
+
+
+def test_chunks_are_usually_as_long_as_the_model_learned_and_leave_room_for_anchors(model: Model) -> None:
+    longer = replace(model.config, chunk_frames=8)
+    assert [usual_chunk(config) for config in (model.config, longer)] == [4, 8]
+    assert [usual_overlap(length) for length in (3, 4, 5, 16, 24, 32)] == [2, 3, 4, 4, 6, 8]
+    short = replace(longer, unet=replace(longer.unet, temporal_positions=8))
+    assert [usual_chunk(short, anchors) for anchors in (0, 2, 6)] == [8, 6, 4]
+    made = long(replace(model, config=longer), num_frames=12)
+    assert torch.equal(made, long(model, num_frames=12, chunk=8, overlap=4))
+    with pytest.raises(ValueError, match="chunk_frames 3 are fewer than the 4 frames of a clip"):
+        replace(model.config, chunk_frames=3)
 
 
 def test_one_chunk_is_what_the_pipeline_makes(model: Model) -> None:

@@ -391,6 +391,7 @@ def test_a_model_that_learns_given_frames_says_so(tmp_path: Path, clips: Path, d
     recipe = write(tmp_path / "whole", GIVEN, clips, debug_checkpoint)
     output = made(recipe)
     assert checkpoint.check(output)[0].config.given_frames
+    assert checkpoint.check(output)[0].config.chunk_frames == 8
     # Also when it is trained further without any.
     later = STAGES.replace("min_snr_gamma = 5.0", "")
     assert checkpoint.check(made(write(tmp_path / "later", later, clips, output)))[0].config.given_frames

@@ -101,9 +101,11 @@ def add_chunks(command: argparse.ArgumentParser) -> None:
     chunks.add_argument(
         "--length", type=float, metavar="SECONDS", help="how long the clip is, or what is added to a video"
     )
-    chunks.add_argument("--chunk", type=int, metavar="N", help="frames of a chunk (default: as trained)")
     chunks.add_argument(
-        "--overlap", type=int, metavar="K", help="frames that a chunk knows before its own (default: 4)"
+        "--chunk", type=int, metavar="N", help="frames of a chunk (default: as many as the model learned)"
+    )
+    chunks.add_argument(
+        "--overlap", type=int, metavar="K", help="frames that a chunk knows before its own (default: a quarter of it)"
     )
     chunks.add_argument(
         "--anchors", type=int, default=0, metavar="N", help="show every chunk the first N frames too (default: 0)"

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from videofactory_core.config import ModelConfig
 
-# Frames that a chunk knows before its own.
-OVERLAP = 4
 # What makes a clip out of a video, with the options that say how long it becomes; "" is without a video.
 LENGTHS = {
     "": ("frames", "length"),
@@ -61,8 +59,10 @@ def run_generate(options: argparse.Namespace) -> None:
     config = checkpoint.check(path)[0].config
     in_chunks = any(getattr(options, name) not in (None, False, 0, []) for name in IN_CHUNKS)
     length, overlap = chunk_of(options, config)
-    num_frames = length if options.frames is None else options.frames
-    check_sampling(options, config, min(num_frames, length) if in_chunks else num_frames, device, dtype)
+    at_once = length if in_chunks else config.frames
+    if options.frames is not None:
+        at_once = min(options.frames, length) if in_chunks else options.frames
+    check_sampling(options, config, at_once, device, dtype)
     shot = plan_shot(options, config, length, overlap)
     length = min(length, shot.num_frames) if in_chunks else shot.num_frames
     overlap = max(1, min(overlap, length - 1))
@@ -176,10 +176,12 @@ def check_inputs(options: argparse.Namespace, files: list[Path]) -> None:
 
 def chunk_of(options: argparse.Namespace, config: ModelConfig) -> tuple[int, int]:
     """Frames of a chunk, and how many of those before it knows; ValueError for what is none."""
-    length = config.frames if options.chunk is None else options.chunk
+    from videofactory_core.long import usual_chunk, usual_overlap
+
+    length = usual_chunk(config, options.anchors) if options.chunk is None else options.chunk
     if options.chunk is not None and length < 2:
         raise ValueError(f"a chunk of {length} frames adds nothing to the one before; use 2 or more")
-    overlap = min(OVERLAP, length - 1) if options.overlap is None else options.overlap
+    overlap = usual_overlap(length) if options.overlap is None else options.overlap
     if options.overlap is not None and not 1 <= overlap < length:
         raise ValueError(f"chunks of {length} frames cannot overlap by {overlap}; use 1 to {length - 1}")
     if options.anchors < 0:

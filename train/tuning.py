@@ -143,10 +143,13 @@ class Tuning:
             licence = f"{licence}; trained from {parent.title}: {parent.licence}"
         metadata = replace(parent, title=recipe.title, licence=licence, origin=recipe.origin, date=None)
         metadata = replace(metadata, other={**parent.other, **other})
+        # The longer half of the windows, see `WindowBatches`.
+        longer = 2 * self.config.frames if any(stage.windows for stage in recipe.stages) else 0
         config = replace(
             self.config,
             unet=with_merge(self.config.unet, recipe.stages[-1].kind),
             given_frames=self.config.given_frames or any(stage.gives_frames for stage in recipe.stages),
+            chunk_frames=longer or self.config.chunk_frames,
         )
         return partial(
             self.save,

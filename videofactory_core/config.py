@@ -21,7 +21,15 @@ MAX_DIMENSION = 1 << 17
 
 
 # Counts that may be zero, where zero means that the thing is absent.
-MAY_BE_ZERO = {"head_dim", "num_heads", "temporal_heads", "temporal_positions", "transformer_depth", "skip_last_layers"}
+MAY_BE_ZERO = {
+    "head_dim",
+    "num_heads",
+    "temporal_heads",
+    "temporal_positions",
+    "transformer_depth",
+    "skip_last_layers",
+    "chunk_frames",
+}
 
 
 def _check_sizes(config: Any) -> None:
@@ -192,6 +200,8 @@ class ModelConfig:
     fps: float = 8.0
     # It has learned what frames at noise level 0 are: conditions, see `condition.py`.
     given_frames: bool = False
+    # Long clips are made of chunks of so many frames, where it has learned longer clips too; 0 is `frames`.
+    chunk_frames: int = 0
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -199,6 +209,17 @@ class ModelConfig:
             raise ValueError(
                 f"the U-Net expects text features of width {self.unet.context_dim}, the encoder gives {self.text.width}"
             )
+        if 0 < self.chunk_frames < self.frames:
+            raise ValueError(f"chunk_frames {self.chunk_frames} are fewer than the {self.frames} frames of a clip")
+
+    @property
+    def chunk(self) -> int:
+        """Frames of a chunk of long clips."""
+        return self.chunk_frames or self.frames
+
+    def knows(self, frames: int, width: int, height: int) -> bool:
+        """Whether it was trained on clips of this length and size."""
+        return self.frames <= frames <= self.chunk and (width, height) == (self.width, self.height)
 
 
 PRESETS: dict[str, ModelConfig] = {

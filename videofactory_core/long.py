@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Model
+from .config import ModelConfig
 from .pipeline import (
     check_given,
     check_memory,
@@ -77,6 +78,20 @@ def chunks(num_frames: int, length: int, overlap: int, given: Collection[int] = 
         done = last
 
 
+def usual_chunk(config: ModelConfig, anchors: int = 0) -> int:
+    """Frames of a chunk, where nothing else is asked for: as many as the model learned, with room for anchors."""
+    positions = config.unet.temporal_positions
+    return max(config.frames, min(config.chunk, positions - anchors)) if positions else config.chunk
+
+
+def usual_overlap(length: int) -> int:
+    """Frames that a chunk of `length` knows of the one before, where nothing else is asked for: a quarter, at least 4.
+
+    A chunk of fewer knows all but one.
+    """
+    return min(max(4, length // 4), length - 1)
+
+
 def match(latents: Tensor, like: Tensor) -> Tensor:
     """Latents `[1, C, F, h, w]` with the mean and deviation of each channel of `like`, against colours that drift."""
     dims = (2, 3, 4)
@@ -92,7 +107,7 @@ def generate_long(
     num_frames: int,
     given: Mapping[int, Tensor] | None = None,
     chunk: int | None = None,
-    overlap: int = 4,
+    overlap: int | None = None,
     anchors: int = 0,
     match_colours: bool = False,
     negative_prompt: str = "",
@@ -109,13 +124,14 @@ def generate_long(
     """A clip of any length, in pieces `[f, H, W, 3]` in 0..1 on the CPU, in the order of time.
 
     given: frames by their number, as in `pipeline.generate`, which does the same where one chunk is enough. chunk:
-    frames of one, by default those that the model was trained on. overlap: see `chunks`. anchors: so many frames of the
-    start are shown to every later chunk too. match_colours: each chunk gets the mean and the spread of the first.
-    Backward, when only the end is given, the pieces come when all are made. Raises ValueError as `generate` does,
-    before the first piece.
+    frames of one, by default as many as the model learned and has positions for beside the anchors. overlap: see
+    `chunks`, by default `usual_overlap`. anchors: so many frames of the start are shown to every later chunk too.
+    match_colours: each chunk gets the mean and the spread of the first. Backward, when only the end is given, the
+    pieces come when all are made. Raises ValueError as `generate` does, before the first piece.
     """
     config = model.config
-    length = config.frames if chunk is None else chunk
+    length = usual_chunk(config, anchors) if chunk is None else chunk
+    overlap = usual_overlap(length) if overlap is None else overlap
     most = min(num_frames, length)
     width, height = width or config.width, height or config.height
     check_request(config, most + anchors, width, height, guidance_scale, sampler, steps)

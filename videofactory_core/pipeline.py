@@ -43,7 +43,7 @@ def check_request(
         raise ValueError(f"there is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if not 1 <= steps <= config.diffusion.num_timesteps:
         raise ValueError(f"{steps} steps are not possible; ask for 1 to {config.diffusion.num_timesteps}")
-    if (num_frames, width, height) != (config.frames, config.width, config.height):
+    if not config.knows(num_frames, width, height):
         warnings.warn(
             f"the model was trained on {config.frames} frames of {config.width}x{config.height};"
             f" {num_frames} frames of {width}x{height} may look worse",

@@ -266,6 +266,12 @@ def chunked(bench: Bench) -> dict[str, Any]:
     )
     found["all given"] = torch.equal(bench.long(bench.latent(16, range(16))), bench.source[:16])
 
+    length = bench.core.config.chunk
+    found["usual"] = torch.equal(
+        bench.long(bench.latent(40), chunk=0, overlap=0),
+        bench.long(bench.latent(40), chunk=length, overlap=length // 4),
+    )
+
     # By hand: 0 to 16, then 12 to 28 with 4 frames of it.
     long = bench.long(bench.latent(28, [0, 20]))
     first = bench.latent(16, [0])

@@ -81,7 +81,7 @@ def test_the_hosts_context_windows_know_them_too_or_it_is_said(found: Any) -> No
 def test_one_chunk_is_what_the_sampler_makes(found: Any) -> None:
     seen = found["chunked"]
     names = [f"one chunk, {name}, {how}" for name in ("plain", "given") for how in ("euler", "euler_ancestral")]
-    for name in (*names, "one chunk, free noise", "untold", "all given"):
+    for name in (*names, "one chunk, free noise", "untold", "all given", "usual"):
         assert seen[name], name
 
 
