@@ -59,9 +59,10 @@ def run_generate(options: argparse.Namespace) -> None:
     config = checkpoint.check(path)[0].config
     in_chunks = any(getattr(options, name) not in (None, False, 0, []) for name in IN_CHUNKS)
     length, overlap = chunk_of(options, config)
-    at_once = length if in_chunks else config.frames
-    if options.frames is not None:
-        at_once = min(options.frames, length) if in_chunks else options.frames
+    if in_chunks:
+        at_once = length if options.frames is None else min(options.frames, length)
+    else:
+        at_once = config.frames if options.frames is None else options.frames
     check_sampling(options, config, at_once, device, dtype)
     shot = plan_shot(options, config, length, overlap)
     length = min(length, shot.num_frames) if in_chunks else shot.num_frames
