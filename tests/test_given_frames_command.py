@@ -39,6 +39,7 @@ PLAIN = {
     "height": 8,
     "steps": 2,
     "guidance_scale": 2.0,
+    "frame_guidance_scale": 1.0,
     "sampler": "ddim",
     "seed": 0,
     "fps": 8.0,
@@ -46,6 +47,8 @@ PLAIN = {
     "title": "debug",
     "loras": [],
 }
+# With two given frames or more, by whether the model knows what they are.
+GUIDANCE = {False: {}, True: {"guidance_scale": 1.0, "frame_guidance_scale": 2.0}}
 # Runs the command on one thread and prints the peak of its memory.
 COMMAND = f"""
 import sys, torch
@@ -175,7 +178,7 @@ def test_pictures_are_frames_at_their_places(
     given = {0: shown[0], 2: shown[1], 3: shown[2]}
     assert torch.equal(torch.stack(written), generate(model, PROMPT, steps=2, given=given))
     added = {"given": {"0": "a.png", "3": "c.png", "2": "b.png"}, "fit": "crop", "chunk": 4, "overlap": 3}
-    assert settings_of("clip.mp4") == {**PLAIN, **added}
+    assert settings_of("clip.mp4") == {**PLAIN, **GUIDANCE[trained], **added}
     told = capsys.readouterr().err
     assert lines(told) == []
     # The core says what a model is that never learned it, as a line of the command.
@@ -252,7 +255,9 @@ def test_pictures_are_read_upright_with_their_transparency(tmp_path: Path) -> No
     assert torch.allclose(read_picture(tmp_path / "deep.png"), torch.full((1, 2, 1), 0.2))
 
 
-def test_a_video_goes_on(command, model: Model, written: list[Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_video_goes_on(
+    command, model: Model, written: list[Tensor], capsys: pytest.CaptureFixture[str], trained: bool
+) -> None:
     write_video("own.mp4", drawn(9), 8.0)
     own = stored("own.mp4")
     assert command("--extend", "own.mp4", "--new-frames", "5", "--overlap", "2", "--out", "more.mp4", prompt="") == 0
@@ -262,7 +267,7 @@ def test_a_video_goes_on(command, model: Model, written: list[Tensor], capsys: p
     made = read_video("more.mp4")
     assert (made.frames.shape, made.fps) == ((14, 8, 16, 3), 8.0)
     added = {"extend": "own.mp4", "backward": False, "new_frames": 5, "chunk": 4, "overlap": 2}
-    assert settings_of("more.mp4") == {**PLAIN, "prompt": "", "num_frames": 7, **added}
+    assert settings_of("more.mp4") == {**PLAIN, **GUIDANCE[trained], "prompt": "", "num_frames": 7, **added}
     assert lines(capsys.readouterr().err) == []
 
 
@@ -301,7 +306,7 @@ def test_a_video_shorter_than_the_overlap_is_all_that_is_seen(
 
 
 def test_a_transition_leads_from_one_video_to_another_in_the_size_of_the_first(
-    command, model: Model, written: list[Tensor], capsys: pytest.CaptureFixture[str]
+    command, model: Model, written: list[Tensor], capsys: pytest.CaptureFixture[str], trained: bool
 ) -> None:
     write_video("a.mp4", drawn(6), 8.0)
     write_video("b.mp4", drawn(5, 24, 24), 8.0)
@@ -318,7 +323,7 @@ def test_a_transition_leads_from_one_video_to_another_in_the_size_of_the_first(
         "videofactory: b.mp4: 24x24 was set between black bars to the shape of 16x8"
     ]
     added = {"between": ["a.mp4", "b.mp4"], "new_frames": 3, "fit": "pad", "chunk": 9, "overlap": 3}
-    assert settings_of("both.mp4") == {**PLAIN, "num_frames": 9, **added}
+    assert settings_of("both.mp4") == {**PLAIN, **GUIDANCE[trained], "num_frames": 9, **added}
 
 
 def test_frames_in_between_make_a_video_smoother(

@@ -14,7 +14,7 @@ from torch import Tensor
 from videofactory_core import checkpoint
 from videofactory_core.checkpoint import Model
 from videofactory_core.long import chunks, generate_long, usual_chunk, usual_overlap
-from videofactory_core.pipeline import decode_latents, encode_frames, generate
+from videofactory_core.pipeline import decode_latents, encode_frames, generate, usual_guidance
 
 PROMPT = "a red circle"
 
@@ -133,6 +133,19 @@ def test_guidance_over_frames_changes_what_is_made_and_one_does_not(model: Model
         )
         assert torch.equal(plain, one)
         assert not torch.equal(plain, two)
+
+
+def test_frames_guide_where_they_show_the_motion(model: Model) -> None:
+    untold = replace(model, config=replace(model.config, given_frames=False))
+    for known, scales, changed in ((1, (2.0, 1.0), (2.0, 1.0)), (2, (2.0, 1.0), (1.0, 2.0))):
+        frames = dict(enumerate(drawn(known)))
+        for asked, (scale, frame_scale) in ((untold, scales), (model, changed)):
+            made = generate(asked, PROMPT, steps=2, given=frames)
+            named = {"guidance_scale": scale, "frame_guidance_scale": frame_scale}
+            assert torch.equal(made, generate(asked, PROMPT, steps=2, given=frames, **named))
+            assert torch.equal(made, long(asked, num_frames=4, given=frames))
+    assert usual_guidance(model.config, 2, 5.0) == (5.0, 2.0)
+    assert usual_guidance(model.config, 2, None, 1.0) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
         type=float,
         default=2.0,
         metavar="G",
-        help="how closely to follow the prompt; 1 is no guidance (default: %(default)s)",
+        help="how closely to follow the prompt; 1 is no guidance (default: 2)",
     )
     command.add_argument(
         "--sampler",
@@ -86,10 +86,12 @@ def add_given(command: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--frame-guidance-scale",
         type=float,
-        default=1.0,
         metavar="G",
-        help="how closely to follow the frames; above 1 takes longer (default: %(default)s)",
+        help="how closely to follow the frames; takes longer where both are above 1 (default: 1; with two frames or"
+        " more 2, and the prompt's 1)",
     )
+    # What is usual depends on the frames that are given.
+    command.set_defaults(guidance_scale=None)
 
 
 def add_chunks(command: argparse.ArgumentParser) -> None:

@@ -50,6 +50,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
     from videofactory_core import adapters, checkpoint
     from videofactory_core.long import chunks, generate_long
+    from videofactory_core.pipeline import usual_guidance
     from videofactory_core.upscaler import BUNDLED, upscale
 
     from .shot import plan_shot
@@ -78,10 +79,13 @@ def run_generate(options: argparse.Namespace) -> None:
     for change, strength in loras:
         adapters.merge(model, change, strength)
 
+    guidance_scale, frame_guidance_scale = usual_guidance(
+        config, len(shot.given), options.guidance_scale, options.frame_guidance_scale
+    )
     steps = options.steps * sum(1 for _ in chunks(shot.num_frames, length, overlap, shot.given))
     # What differs from a clip that is made at once.
     chunking: dict[str, Any] = {"chunk": length, "overlap": overlap} if in_chunks else {}
-    defaults = {"anchors": 0, "match_colours": False, "frame_guidance_scale": 1.0, "stagger": 0.0}
+    defaults = {"anchors": 0, "match_colours": False, "stagger": 0.0}
     chunking |= {name: getattr(options, name) for name, usual in defaults.items() if getattr(options, name) != usual}
     for i, file in enumerate(files):
         request: dict[str, Any] = {
@@ -91,7 +95,8 @@ def run_generate(options: argparse.Namespace) -> None:
             "width": shot.width,
             "height": shot.height,
             "steps": options.steps,
-            "guidance_scale": options.guidance_scale,
+            "guidance_scale": guidance_scale,
+            "frame_guidance_scale": frame_guidance_scale,
             "sampler": options.sampler,
             "seed": options.seed + i,
         }
@@ -200,20 +205,24 @@ def check_sampling(
     import torch
 
     from videofactory_core.diffusion import Schedule
-    from videofactory_core.pipeline import check_memory, check_request
+    from videofactory_core.pipeline import check_memory, check_request, usual_guidance
     from videofactory_core.sampling import noise_levels
 
     if num_frames > 0:
         num_frames += options.anchors
     width, height = options.size or (config.width, config.height)
+    guidance_scale, frame_guidance_scale = usual_guidance(
+        config, 0, options.guidance_scale, options.frame_guidance_scale
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check_request(config, num_frames, width, height, options.guidance_scale, options.sampler, options.steps)
+        check_request(config, num_frames, width, height, guidance_scale, options.sampler, options.steps)
     check_memory(config, num_frames, width, height, torch.empty(0, dtype=dtype, device=device))
     noise_levels(Schedule.from_config(config.diffusion), options.steps, num_frames, stagger=options.stagger)
-    scale = options.frame_guidance_scale
-    if not math.isfinite(scale) or scale < 1:
-        raise ValueError(f"frame guidance scale {scale} is below 1, which switches it off; use 1 or more")
+    if not math.isfinite(frame_guidance_scale) or frame_guidance_scale < 1:
+        raise ValueError(
+            f"frame guidance scale {frame_guidance_scale} is below 1, which switches it off; use 1 or more"
+        )
 
 
 def _flag(name: str) -> str:

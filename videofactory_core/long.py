@@ -26,6 +26,7 @@ from .pipeline import (
     encode_prompts,
     know,
     latent_shape,
+    usual_guidance,
     warn_of_given,
 )
 from .prompts import PromptSchedule
@@ -114,10 +115,10 @@ def generate_long(
     width: int | None = None,
     height: int | None = None,
     steps: int = 25,
-    guidance_scale: float = 2.0,
+    guidance_scale: float | None = None,
     sampler: str = "ddim",
     seed: int = 0,
-    frame_guidance_scale: float = 1.0,
+    frame_guidance_scale: float | None = None,
     stagger: float = 0.0,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
@@ -134,8 +135,9 @@ def generate_long(
     overlap = usual_overlap(length) if overlap is None else overlap
     most = min(num_frames, length)
     width, height = width or config.width, height or config.height
-    check_request(config, most + anchors, width, height, guidance_scale, sampler, steps)
     given = given or {}
+    guidance_scale, frame_guidance_scale = usual_guidance(config, len(given), guidance_scale, frame_guidance_scale)
+    check_request(config, most + anchors, width, height, guidance_scale, sampler, steps)
     check_given(given, num_frames, width, height)
     plan = [*chunks(num_frames, length, overlap, given)]
     if given or len(plan) > 1:
