@@ -430,7 +430,7 @@ def conditions(bench: Bench) -> dict[str, Any]:
     seen("image", latent, clip[:1], said)
     for kind in ("told", "untold"):
         _, found[f"info, {kind}"] = node.ImageToVideo.execute(
-            vae, clip[:1], 24, 16, 20, "crop", bench.models[kind]
+            vae, clip[:1], 24, 16, 40, "crop", bench.models[kind]
         ).args
     clear = torch.cat([torch.rand(2, 20, 20, 3), torch.full((2, 20, 20, 1), 0.5)], dim=3)
     _, found["info, fitted"] = node.ImageToVideo.execute(vae, clear, 24, 16, 5, "pad").args

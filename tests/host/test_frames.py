@@ -182,7 +182,7 @@ def test_nodes_say_what_was_fitted_and_what_the_model_never_learned(found: Any) 
     assert seen["info, second clip"] == "Of the second clip, 48x20 was pulled to the shape of 24x16."
     size, long, untrained = seen["info, untold"].splitlines()
     assert seen["info, told"].splitlines() == [size, long]
-    assert size.endswith("20 frames of 24 x 16 may look worse.")
+    assert size.endswith("40 frames of 24 x 16 may look worse.")
     assert "VideoFactory Long Sampler" in long
     assert "recipes/image-to-video-16gb.toml" in untrained
 
