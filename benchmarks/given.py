@@ -67,10 +67,18 @@ def begins(scene: Scene, made: Tensor, drawn: Tensor) -> float:
     return float(bool(kept) and check(of_checker(made)).agrees(scene.combination))
 
 
-def connects(scene: Scene, made: Tensor, drawn: Tensor) -> float:
-    """The largest step between neighbours over the mean; without an object in every frame as bad as one single jump."""
-    steps = follow(of_checker(made)).diff(dim=0).norm(dim=1)
+def largest_step(frames: Tensor) -> float:
+    """Of an object, between neighbouring frames `[F, H, W, 3]` in 0..1, over the mean step.
+
+    Without an object in every frame it is as bad as one single jump.
+    """
+    steps = follow(of_checker(frames)).diff(dim=0).norm(dim=1)
     return float((steps.max() / steps.mean()).nan_to_num(len(steps)))
+
+
+def connects(scene: Scene, made: Tensor, drawn: Tensor) -> float:
+    """How evenly the object goes: the largest step over the mean."""
+    return largest_step(made)
 
 
 def goes_on(scene: Scene, made: Tensor, drawn: Tensor) -> float:

@@ -9,8 +9,9 @@ import pytest
 from comfy_server import PACK, Host
 from einops import rearrange
 from torch import Tensor
-from videofactory_train.data.shape_checker import Verdict, check, follow
+from videofactory_train.data.shape_checker import Verdict, check
 
+from benchmarks.given import JUMP, largest_step
 from videofactory_core.video import read_video
 
 API = PACK / "workflows" / "api"
@@ -56,14 +57,8 @@ def keeps_on(*words: str) -> Callable[[Tensor], bool]:
     return lambda frames: seen(frames).steady and shows(*words)(frames)
 
 
-def largest_step(frames: Tensor) -> float:
-    """The way of the object between two neighbouring frames, the largest over the mean."""
-    steps = follow(rearrange(frames, "F H W C -> C F H W") * 2 - 1).diff(dim=0).norm(dim=1)
-    return float(steps.max() / steps.mean())
-
-
 def leads_to_the_last(frames: Tensor) -> bool:
-    return largest_step(frames) <= 1.5 and keeps_on("yellow", "square", "left", "grey")(frames)
+    return largest_step(frames) <= JUMP and keeps_on("yellow", "square", "left", "grey")(frames)
 
 
 def goes_on(frames: Tensor) -> bool:
