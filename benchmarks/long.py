@@ -1,14 +1,17 @@
 """Given frames and long clips: what a step costs with and without, what chunks cost, and whether 600 frames drift.
 
-Times are taken in turns; memory is the highest of a process of its own.
+Times are taken in turns; memory is the highest of a process of its own. What is drawn does not change its brightness at
+all, so the bound of the drift is what real single shots do: name a folder of them in `LONG_VIDEOS`.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -19,11 +22,14 @@ from videofactory_train.data.moving_shapes import MovingShapes
 from videofactory_core import checkpoint
 from videofactory_core.long import generate_long
 from videofactory_core.pipeline import generate
+from videofactory_core.video import open_frames
 
 from .rounds import seconds
+from .upscale import video_files
 
 PROMPT = "a red circle moving right on a black background"
 CLIP, CHUNK, OVERLAP, FRAMES = 16, 32, 4, 600
+VIDEOS = "LONG_VIDEOS"
 # Chunks that are timed.
 CHUNKS = 4
 BAR_STEP, BAR_CHUNKS, BAR_MEMORY = 1.02, 1.15, 1.05
@@ -58,6 +64,13 @@ def drift(clips: Iterable[Tensor]) -> tuple[float, float]:
     return brightness, saturation
 
 
+def filmed(path: Path) -> Iterator[Tensor]:
+    """A video file in pieces as long as those that are made."""
+    with open_frames(path) as frames:
+        while piece := [frame.pixels for frame in islice(frames, CHUNK - OVERLAP)]:
+            yield torch.stack(piece).float() / 255
+
+
 def peak(num_frames: int) -> int:
     """Bytes that a process holds at most which makes a clip of so many frames."""
     folder = Path(__file__).parent.parent
@@ -90,12 +103,19 @@ def report() -> None:
     print(f"| {long} frames / as many in clips of {CLIP}, time | {chunked:.3f} | {BAR_CHUNKS} |")
     print(f"| peak memory of {FRAMES} frames / of 64 | {peak(FRAMES) / peak(64):.3f} | {BAR_MEMORY} |", flush=True)
 
-    # The same words for as long; pieces of 28 frames as those that are made.
+    print(f"\n| largest difference from the first {CHUNK - OVERLAP} frames | brightness | saturation |\n|---|---|---|")
+    row("made", [drift(pieces(FRAMES))])
     shapes = MovingShapes(8, FRAMES, model.config.height, model.config.width, seed=5)
-    drawn = [
-        drift(piece.permute(1, 2, 3, 0) / 2 + 0.5 for piece in shapes[index]["video"].split(CHUNK - OVERLAP, dim=1))
-        for index in range(len(shapes))
-    ]
-    found = drift(pieces(FRAMES))
-    for name, here, bounds in zip(("brightness", "saturation"), found, zip(*drawn, strict=True), strict=True):
-        print(f"| {name} of {FRAMES} frames, largest difference from the first | {here:.4f} | {max(bounds):.4f} |")
+    videos = (shapes[index]["video"].split(CHUNK - OVERLAP, dim=1) for index in range(len(shapes)))
+    row("drawn", [drift(piece.permute(1, 2, 3, 0) / 2 + 0.5 for piece in video) for video in videos])
+    folder = os.environ.get(VIDEOS)
+    if folder is None:
+        print(f"\nfor real single shots of your own name their folder in {VIDEOS}")
+    else:
+        row("filmed", [drift(filmed(path)) for path in video_files(Path(folder))])
+
+
+def row(name: str, drifts: list[tuple[float, float]]) -> None:
+    """The medians over clips."""
+    brightness, saturation = (median(values) for values in zip(*drifts, strict=True))
+    print(f"| {name}, {len(drifts)} | {brightness:.4f} | {saturation:.4f} |", flush=True)

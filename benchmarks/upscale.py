@@ -123,9 +123,14 @@ def demo_clips(every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         yield tuple(rearrange(x, "C F H W -> F C H W") / 2 + 0.5 for x in (decoded, large))  # type: ignore[misc]
 
 
+def video_files(folder: Path) -> list[Path]:
+    """In the order of their names."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".mp4", ".webm", ".mkv", ".mov"))
+
+
 def video_clips(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """The first frames of every file, made small by four, and as they are but for sides that four does not divide."""
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in (".mp4", ".webm", ".mkv", ".mov")):
+    for path in video_files(folder):
         with open_frames(path) as clip:
             frames = torch.stack([frame.pixels for frame, _ in zip(clip, range(VIDEO_FRAMES), strict=False)])
         large = rearrange(frames, "F H W C -> F C H W")[..., : frames.shape[1] // 4 * 4, : frames.shape[2] // 4 * 4]
