@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from videofactory_train.contact_sheet import contact_sheet
 from videofactory_train.data.moving_shapes import HELD_OUT, Combination, caption
-from videofactory_train.data.shape_checker import Verdict, check, summarise
+from videofactory_train.data.shape_checker import Verdict, check, of_frames, summarise
 
 from videofactory_core import checkpoint
 from videofactory_core.pipeline import generate
@@ -38,7 +38,7 @@ def judge(
             for seed in range(seeds):
                 frames = generate(model, caption(combination), seed=seed)
                 first.setdefault(combination, frames)
-                verdicts.append((combination, check(rearrange(frames, "F H W C -> C F H W") * 2 - 1)))
+                verdicts.append((combination, check(of_frames(frames))))
                 bar.update()
     return first, verdicts
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from videofactory_train.contact_sheet import contact_sheet
 from videofactory_train.data.moving_shapes import HELD_OUT, MovingShapes, Scene, draw, path
-from videofactory_train.data.shape_checker import HEIGHT, check, follow
+from videofactory_train.data.shape_checker import HEIGHT, check, follow, of_frames
 
 from videofactory_core import checkpoint
 from videofactory_core.checkpoint import Model
@@ -55,16 +55,11 @@ class Row:
     share: bool = True
 
 
-def of_checker(frames: Tensor) -> Tensor:
-    """`[F, H, W, 3]` in 0..1 as the checker wants clips."""
-    return rearrange(frames, "F H W C -> C F H W") * 2 - 1
-
-
 def begins(scene: Scene, made: Tensor, drawn: Tensor) -> float:
     """Whether shape, colour and ground are those of the first frame, which stays in place, and the motion as asked."""
-    centres = follow(of_checker(made))
+    centres = follow(of_frames(made))
     kept = (centres[1] - drawn[0]).norm() <= STEP
-    return float(bool(kept) and check(of_checker(made)).agrees(scene.combination))
+    return float(bool(kept) and check(of_frames(made)).agrees(scene.combination))
 
 
 def largest_step(frames: Tensor) -> float:
@@ -72,7 +67,7 @@ def largest_step(frames: Tensor) -> float:
 
     Without an object in every frame it is as bad as one single jump.
     """
-    steps = follow(of_checker(frames)).diff(dim=0).norm(dim=1)
+    steps = follow(of_frames(frames)).diff(dim=0).norm(dim=1)
     return float((steps.max() / steps.mean()).nan_to_num(len(steps)))
 
 
@@ -83,9 +78,9 @@ def connects(scene: Scene, made: Tensor, drawn: Tensor) -> float:
 
 def goes_on(scene: Scene, made: Tensor, drawn: Tensor) -> float:
     """Whether the object is kept to the end, and goes on along its line about as far as the drawn one."""
-    verdict = check(of_checker(made))
+    verdict = check(of_frames(made))
     words = verdict.matches(scene.combination)
-    centres = follow(of_checker(made))
+    centres = follow(of_frames(made))
     along = 0 if scene.direction in ("left", "right") else 1
     way, asked = (at[-1, along] - at[CLIP - 1, along] for at in (centres, drawn))
     aside = (centres[:, 1 - along] - drawn[0, 1 - along]).abs().max()
@@ -95,7 +90,7 @@ def goes_on(scene: Scene, made: Tensor, drawn: Tensor) -> float:
 
 def misses(scene: Scene, made: Tensor, drawn: Tensor) -> float:
     """Mean distance from the drawn path in pixels, of frames not given; without an object it is the height."""
-    distances = (follow(of_checker(made)) - drawn).norm(dim=1).nan_to_num(1.0)
+    distances = (follow(of_frames(made)) - drawn).norm(dim=1).nan_to_num(1.0)
     stride = (len(made) - 1) // (CLIP - 1)
     return float(distances[torch.arange(len(made)) % stride != 0].mean() * HEIGHT)
 

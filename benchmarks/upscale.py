@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from videofactory_train.curate.finder import is_video
 from videofactory_train.data.moving_shapes import HELD_OUT, MovingShapes, draw
 from videofactory_train.degradation import downscale
 from videofactory_train.metrics import psnr, ssim
@@ -125,7 +126,7 @@ def demo_clips(every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
 
 def video_files(folder: Path) -> list[Path]:
     """In the order of their names."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".mp4", ".webm", ".mkv", ".mov"))
+    return sorted(path for path in folder.iterdir() if is_video(path.name))
 
 
 def video_clips(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import pytest
 from comfy_server import PACK, Host
-from einops import rearrange
 from torch import Tensor
-from videofactory_train.data.shape_checker import Verdict, check
+from videofactory_train.data.shape_checker import Verdict, check, of_frames
 
 from benchmarks.given import JUMP, largest_step
 from videofactory_core.video import read_video
@@ -19,7 +18,7 @@ API = PACK / "workflows" / "api"
 
 def seen(frames: Tensor) -> Verdict:
     """What `frames [F, H, W, 3]` in 0..1 show."""
-    return check(rearrange(frames, "F H W C -> C F H W") * 2 - 1)
+    return check(of_frames(frames))
 
 
 def shows(*words: str) -> Callable[[Tensor], bool]:

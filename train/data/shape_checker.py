@@ -61,6 +61,11 @@ class Verdict:
         return self.steady and all(self.matches(combination).values())
 
 
+def of_frames(frames: Tensor) -> Tensor:
+    """Frames `[F, H, W, 3]` in 0..1, as files hold them, as the clip `[3, F, H, W]` in -1..1 that is judged here."""
+    return rearrange(frames, "F H W C -> C F H W") * 2 - 1
+
+
 def check(video: Tensor) -> Verdict:
     """Judge a clip `[3, F, H, W]` in -1..1 of any size and length.
 

@@ -23,7 +23,7 @@ from videofactory_core.video import write_video
 from ..data.batches import Batch
 from ..data.moving_shapes import HELD_OUT, MovingShapes, caption
 from ..data.samples import DatasetConfig, decode
-from ..data.shape_checker import check, summarise
+from ..data.shape_checker import check, of_frames, summarise
 from ..denoiser import LatentBatches, Latents, encode_clips
 from ..loop import Schedule
 from ..recipe import AdapterRecipe, FinetuneRecipe, ModelRecipe, Recipe, TuningRecipe, Validation
@@ -238,7 +238,7 @@ def judge_shapes(clips: Sequence[Tensor]) -> dict[str, float]:
     if not clips:
         return {}
     asked = [HELD_OUT[MIXED[i % len(MIXED)]] for i in range(len(clips))]
-    verdicts = [check(rearrange(clip, "F H W C -> C F H W") * 2 - 1) for clip in clips]
+    verdicts = [check(of_frames(clip)) for clip in clips]
     return summarise(zip(asked, verdicts, strict=True))
 
 

@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from einops import rearrange
 
 from videofactory_core.atomic import write_text
 from videofactory_core.video import read_video
 
 from ..curate.sources import Tally, find_sources, text_path
 from ..data.moving_shapes import COMBINATIONS, HELD_OUT, Combination, caption, generator_for
-from ..data.shape_checker import Verdict, check
+from ..data.shape_checker import Verdict, check, of_frames
 from ..data.sources import decode_text, read_dataset
 from .generate import Job, Settings, jobs_for, make_clips, read_captions, read_prompts
 from .refine import Refinement
@@ -213,7 +212,7 @@ def judge_shapes(folder: Path) -> list[tuple[Combination, Verdict]]:
         if clip.caption not in known:
             raise ValueError(f"{folder} has a clip of {clip.caption!r}: name a folder of `evaluate protocol shapes`")
         frames = read_video(clip.path).frames
-        verdicts.append((known[clip.caption], check(rearrange(frames, "F H W C -> C F H W") * 2 - 1)))
+        verdicts.append((known[clip.caption], check(of_frames(frames))))
     return verdicts
 
 
