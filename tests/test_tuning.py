@@ -398,11 +398,11 @@ def test_a_model_that_learns_given_frames_says_so(tmp_path: Path, clips: Path, d
     assert not checkpoint.check(made(write(tmp_path / "no", later, clips, debug_checkpoint)))[0].config.given_frames
 
 
-def test_windows_are_frames_of_one_clip_in_a_row_or_every_second_and_every_second_batch() -> None:
+def test_windows_are_frames_of_one_clip_by_turns_and_every_second_batch() -> None:
     numbers = torch.arange(5 * 20).view(5, 1, 20, 1, 1).half()
     data = Latents(numbers, torch.arange(5)[:, None, None].expand(5, 1, 77))
     condition = Condition(GivenFrames(prefix=1))
-    windows = WindowBatches(data, condition, 5, 4, 0, Process())
+    windows = WindowBatches(data, condition, 5, 4, (1, 2), 0, Process())
     seen = set()
     for number, batch in zip(range(80), windows(0), strict=False):
         frames = 4 + 4 * (number % 2)
@@ -418,8 +418,11 @@ def test_windows_are_frames_of_one_clip_in_a_row_or_every_second_and_every_secon
     again = next(windows(7))
     assert torch.equal(again.latents, next(itertools.islice(windows(0), 7, None)).latents)
 
-    halves = [next(WindowBatches(data, condition, 5, 4, 0, Process(rank, 2))(0)).latents for rank in range(2)]
-    whole = next(WindowBatches(data, condition, 10, 4, 0, Process())(0)).latents
+    alone = WindowBatches(data, condition, 5, 4, (1,), 0, Process())
+    assert all((batch.latents.diff(dim=2) == 1).all() for batch in itertools.islice(alone(0), 8))
+
+    halves = [next(WindowBatches(data, condition, 5, 4, (1, 2), 0, Process(rank, 2))(0)).latents for rank in range(2)]
+    whole = next(WindowBatches(data, condition, 10, 4, (1, 2), 0, Process())(0)).latents
     assert torch.equal(torch.cat(halves), whole)
 
     plain = LatentBatches(data, 5, None, 1, 0, Process())
@@ -435,6 +438,9 @@ def test_windows_are_frames_of_one_clip_in_a_row_or_every_second_and_every_secon
     ("text", "change", "message"),
     [
         (GIVEN, "stages.windows.frames=15", "windows.frames: 15 are too few; use 16 or more"),
+        (GIVEN, "stages.windows.strides=[3]", "windows.frames: 16 are too few; use 24 or more"),
+        (GIVEN, "stages.windows.strides=[]", r"strides: \[\] are none; use numbers from 1 on"),
+        (GIVEN, "stages.windows.strides=[1, 0]", r"strides: \[1, 0\] are none; use numbers from 1 on"),
         (STAGES, "stages.windows={clips=3, condition={frames={first=1}}}", "windows are those of drawn clips"),
         (LORA, "condition={frames={first=1}}", "a LoRA file cannot say that it knows given frames"),
     ],

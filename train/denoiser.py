@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -94,14 +94,15 @@ class LatentBatches:
 class WindowBatches:
     """Random windows of the long clips in `data`, as random batches of them.
 
-    By turns each has `batch_size` windows of `frames` frames, or half as many of twice the frames; in a row, or every
-    second.
+    By turns each has `batch_size` windows of `frames` frames, or half as many of twice the frames; and by turns every
+    n-th frame, for each n of `strides`.
     """
 
     data: Latents
     condition: Condition
     batch_size: int
     frames: int
+    strides: Sequence[int]
     seed: int
     process: Process
 
@@ -109,7 +110,7 @@ class WindowBatches:
         """This process's part of batch number `first` and of those behind it."""
         for number in itertools.count(first):
             generator = torch.Generator().manual_seed(seed_for(self.seed, number))
-            times, stride = 1 + number % 2, 1 + number // 2 % 2
+            times, stride = 1 + number % 2, self.strides[number // 2 % len(self.strides)]
             whole = self.process.world * -(-self.batch_size // times)
             frames = stride * torch.arange(times * self.frames)
             chosen = self.process.rows(torch.randint(len(self.data.latents), (whole,), generator=generator))

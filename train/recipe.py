@@ -273,13 +273,18 @@ class AdapterRecipe(TuningRecipe, Objective):
 class Windows:
     """Every second batch is cut out of longer drawn clips, in which shapes go as far and so are slower.
 
-    By turns it has the model's frames or twice as many, in a row or every second of them.
+    By turns it has the model's frames or twice as many, and by turns every n-th of them for each n of `strides`.
     """
 
     condition: Condition
     clips: int
     # How long they are.
     frames: int = 64
+    strides: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        if not self.strides or min(self.strides) < 1:
+            raise ValueError(f"strides: {list(self.strides)} are none; use numbers from 1 on")
 
 
 @dataclass(frozen=True, kw_only=True)

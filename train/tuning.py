@@ -235,15 +235,22 @@ class Tuning:
         batches = LatentBatches(self.latents(clips), schedule.batch_size, None, 1, seed, process)
         fingerprint = f"{count} drawn clips, seed {drawn}"
         if windows is not None:
-            if windows.frames < 4 * config.frames:
-                raise ValueError(f"windows.frames: {windows.frames} are too few; use {4 * config.frames} or more")
+            longest = 2 * config.frames * max(windows.strides)
+            if windows.frames < longest:
+                raise ValueError(f"windows.frames: {windows.frames} are too few; use {longest} or more")
             positions = config.unet.temporal_positions
             if positions and positions < 2 * config.frames:
                 raise ValueError(f"the model knows {positions} frame positions; windows need {2 * config.frames}")
             count = self.few(windows.clips)
             long = MovingShapes(count, windows.frames, *size, drawn + 1)
             other = WindowBatches(
-                self.latents(long), windows.condition, schedule.batch_size, config.frames, seed, process
+                self.latents(long),
+                windows.condition,
+                schedule.batch_size,
+                config.frames,
+                windows.strides,
+                seed,
+                process,
             )
             batches, fingerprint = ByTurns(batches, other), f"{fingerprint}; {count} long ones"
         empty = Tokenizer(pad_token(config.text), config.text.max_tokens)("")
