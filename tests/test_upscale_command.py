@@ -156,7 +156,9 @@ def test_damage_is_told_with_its_time_or_passed_over(
 ) -> None:
     command = ["upscale", str(damaged(clip)), "--model", str(small), "--out", str(tmp_path / "large.mp4")]
     assert main(command) == 2
-    assert "damaged.mp4 is damaged at 0." in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "damaged.mp4 is damaged at 0." in told
+    assert "or allow damaged frames to be repeated" in told
     assert not (tmp_path / "large.mp4").exists()
     assert main([*command, "--repeat-damaged"]) == 0
     assert "damaged frames show the one before them" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from videofactory_core.video import open_frames, read_frames, read_video, write_frames, write_video
+from videofactory_core.video import DamagedVideo, open_frames, read_frames, read_video, write_frames, write_video
 
 RATE = 48_000
 FLASH = 1.0
@@ -464,7 +464,7 @@ def test_damaged_frames_are_told_or_repeated(name: str, options: dict[str, str],
         broken.write_bytes(damage(source, number, share))
         with (
             open_frames(broken) as clip,
-            pytest.raises(ValueError, match=r"broken.* is damaged at 2\.\d0 sec.*or ") as info,
+            pytest.raises(DamagedVideo, match=r"broken.* is damaged at 2\.\d0 seconds: repair") as info,
         ):
             list(clip)
         assert "\n" not in str(info.value)
@@ -518,7 +518,7 @@ def test_a_file_that_breaks_off_is_told_at_once(tmp_path: Path) -> None:
     data = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "b.mp4").write_bytes(data[: len(data) * 6 // 10])
     with (
-        pytest.raises(ValueError, match=r"b.mp4 breaks off at [2-4]\.\d0 seconds, \d.\d0 before"),
+        pytest.raises(DamagedVideo, match=r"b.mp4 breaks off at [2-4]\.\d0 seconds, \d.\d0 before"),
         open_frames(tmp_path / "b.mp4"),
     ):
         pass

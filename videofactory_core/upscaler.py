@@ -19,7 +19,7 @@ from .checkpoint import DEMO, CheckpointError, modelspec, write
 from .convert.sources import open_source
 from .detect import identify
 from .memory import is_out_of_memory, total_memory
-from .video import open_frames, write_frames
+from .video import DamagedVideo, open_frames, write_frames
 
 BUNDLED = DEMO.with_name("demo-x4.safetensors")
 # What the authors subtract from pictures in 0..1 before, and add after, when a file has the keys for it.
@@ -290,27 +290,33 @@ def upscale_video(
     `watch` gets the frames on their way to the encoder, and how many there are. Returns a sentence about damage that
     was passed over, or "". Raises what `upscale`, `open_frames` and `write_frames` raise.
     """
-    with open_frames(source, repeat_damaged=repeat_damaged) as clip:
-        times: list[float] = []
+    try:
+        with open_frames(source, repeat_damaged=repeat_damaged) as clip:
+            times: list[float] = []
+            tags = {
+                tag: text for tag, text in clip.metadata.items() if tag.isidentifier() and tag not in OF_THE_CONTAINER
+            }
 
-        def pictures() -> Iterator[Tensor]:
-            for frame in clip:
-                times.append(frame.time)
-                yield frame.pixels
+            def pictures() -> Iterator[Tensor]:
+                for frame in clip:
+                    times.append(frame.time)
+                    yield frame.pixels
 
-        large = upscale(network, pictures(), scale, device=device, tile=tile, batch=batch)
-        write_frames(
-            out,
-            watch(large, clip.frames),
-            clip.fps,
-            {key: value for key, value in clip.metadata.items() if key.isidentifier() and key not in OF_THE_CONTAINER},
-            # Grows as frames are read, which is before they are written.
-            times=times if clip.variable else None,
-            audio=source,
-        )
-        damage = [f"{clip.repeated} damaged frames show the one before them"] if clip.repeated else []
-        damage += [f"the video breaks off {clip.missing:.2f} seconds before its end"] if clip.missing else []
-        return " and ".join(damage)
+            large = upscale(network, pictures(), scale, device=device, tile=tile, batch=batch)
+            write_frames(
+                out,
+                watch(large, clip.frames),
+                clip.fps,
+                tags,
+                # Grows as frames are read, which is before they are written.
+                times=times if clip.variable else None,
+                audio=source,
+            )
+            damage = [f"{clip.repeated} damaged frames show the one before them"] if clip.repeated else []
+            damage += [f"the video breaks off {clip.missing:.2f} seconds before its end"] if clip.missing else []
+            return " and ".join(damage)
+    except DamagedVideo as error:
+        raise DamagedVideo(f"{error}, or allow damaged frames to be repeated") from error
 
 
 def check_tile(tile: int) -> None:

@@ -2,12 +2,13 @@
 
 from .file import Pathlike, read_metadata
 from .read import Probe, Video, probe, read_frames, read_video
-from .stream import Frame, Stream, open_frames
+from .stream import DamagedVideo, Frame, Stream, open_frames
 from .write import CONTAINERS, Container, check_fps, check_writable, write_frames, write_video
 
 __all__ = [
     "CONTAINERS",
     "Container",
+    "DamagedVideo",
     "Frame",
     "Pathlike",
     "Probe",

@@ -25,6 +25,10 @@ RECORDINGS = ("mpegts", "mpeg")
 JITTER = 2e-3
 
 
+class DamagedVideo(ValueError):
+    """Behind a good beginning a file is damaged or breaks off; `repeat_damaged` reads it all the same."""
+
+
 class Frame(NamedTuple):
     """What is shown from `time`, in seconds since the first frame: `pixels [H, W, 3]`, uint8 RGB."""
 
@@ -82,7 +86,7 @@ def open_frames(path: Pathlike, repeat_damaged: bool = False) -> Iterator[Stream
     Pixels that are wider or higher than square are scaled so that no side gets fewer. Times are the file's own, moved
     so that the first frame is shown at 0. The file is read to its end once before, without decoding, for its rate.
 
-    From a damaged frame until the next key frame everything counts as damaged. Raises ValueError, with the time, at
+    From a damaged frame until the next key frame everything counts as damaged. Raises DamagedVideo, with the time, at
     the first damaged frame and for a file that breaks off; with `repeat_damaged` the last good frame stands for
     damaged ones, and a file that breaks off ends there. Raises ValueError in any case when the first frame is damaged
     or there is none, FileNotFoundError when there is no such file.
@@ -91,9 +95,8 @@ def open_frames(path: Pathlike, repeat_damaged: bool = False) -> Iterator[Stream
     """
     rhythm = _rhythm(path)
     if rhythm.missing and not repeat_damaged:
-        raise ValueError(
-            f"{path} breaks off at {rhythm.end:.2f} seconds, {rhythm.missing:.2f} before its end: "
-            f"copy it anew, or allow damaged frames to be repeated"
+        raise DamagedVideo(
+            f"{path} breaks off at {rhythm.end:.2f} seconds, {rhythm.missing:.2f} before its end: copy it anew"
         )
     with contextlib.ExitStack() as stack:
         with reading(path):
@@ -106,7 +109,7 @@ def open_frames(path: Pathlike, repeat_damaged: bool = False) -> Iterator[Stream
             if first is None:
                 raise ValueError(f"{path} has no frames: choose another file")
             if first[1] is not None:
-                raise _damage(path, 0.0)
+                raise ValueError(f"{path} is damaged at 0.00 seconds: repair or replace it, or cut off its beginning")
             frame, aspect = first[0].frame, pixel_aspect(video)
             width, height = square_size(frame.width, frame.height, aspect, is_turned(display_matrix(frame)))
         stream = Stream(
@@ -143,13 +146,8 @@ def _shown(
             elif repeat_damaged:
                 stream.repeated += 1
             else:
-                raise _damage(path, damaged_at - first.time)
+                raise DamagedVideo(f"{path} is damaged at {damaged_at - first.time:.2f} seconds: repair or replace it")
             yield Frame(time, pixels)
-
-
-def _damage(path: Pathlike, time: float) -> ValueError:
-    fix = "allow damaged frames to be repeated" if time > 0 else "cut off its beginning"
-    return ValueError(f"{path} is damaged at {time:.2f} seconds: repair or replace it, or {fix}")
 
 
 def _decoded(file: Any, stream: Any) -> Iterator[Decoded]:
