@@ -116,6 +116,15 @@ def test_pieces_come_one_by_one_in_order(model: Model) -> None:
     assert torch.equal(next(again), pieces[0])
 
 
+def test_anchors_are_frames_given_before_the_first_chunk_too(model: Model) -> None:
+    frames = drawn(7)
+    known = dict(enumerate(frames))
+    other = known | {0: frames[1]}
+    for anchors in (0, 1):
+        one, two = (long(model, num_frames=9, overlap=2, given=given, anchors=anchors)[7:] for given in (known, other))
+        assert torch.equal(one, two) == (anchors == 0)
+
+
 def test_a_chunk_follows_what_it_knows(model: Model) -> None:
     frames = drawn(2)
     known = {0: frames[0], 1: frames[1]}

@@ -181,10 +181,10 @@ def _pieces(
         inside = range(chunk.start, chunk.end)
         shown = range(0 if backward else min(anchors, chunk.start))
         latents = {index: latent for index, latent in latents.items() if index in inside or index in range(anchors)}
-        for index in inside:
+        places = [*shown, *inside]
+        for index in places:
             if index in given and index not in latents:
                 latents[index] = encode_frames(model, given[index][None])
-        places = [*shown, *inside]
         noise = torch.randn(1, *latent_shape(model.config, len(places), width, height), generator=generator)
         known = know(
             noise, {place: latents[index] for place, index in enumerate(places) if index in latents}, model.config
