@@ -28,6 +28,21 @@ def command(debug_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return run
 
 
+# Runs the command in 256 MiB beyond what it takes to load the model, which its last argument names.
+SHORT_OF_MEMORY = """
+import resource, sys
+import av, torch
+from videofactory_core import checkpoint, pipeline
+from videofactory_train.cli import main
+checkpoint.load(sys.argv[-1])
+torch.set_num_threads(1)
+with open("/proc/self/status") as status:
+    held = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (held + 2**28,) * 2)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.filterwarnings("error")
 def test_every_sampler_makes_a_clip_of_the_trained_size(debug_checkpoint: Path, sampler: str) -> None:
@@ -129,6 +144,17 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(
     assert len(lines) == 1
     assert words in lines[0]
     assert not list(Path().iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory as Linux does")
+def test_memory_that_runs_out_gets_one_sentence_and_leaves_nothing(debug_checkpoint: Path, tmp_path: Path) -> None:
+    command = ["generate", "a cat", "--steps", "1", "--size", "4096x4096", "--checkpoint", str(debug_checkpoint)]
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, *command], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("videofactory: memory ran out; ask for a smaller size")
+    assert not list(tmp_path.iterdir())
 
 
 def test_foreign_checkpoint_is_named(command, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -44,6 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sentence = " ".join(str(error).split())
         print(f"videofactory: {sentence}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        from videofactory_core.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "videofactory: memory ran out; ask for a smaller size, or for fewer frames or clips at once",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"videofactory: interrupted{options.after_interrupt}", file=sys.stderr)
         return 130

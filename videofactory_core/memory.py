@@ -28,7 +28,7 @@ def total_memory(device: torch.device) -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an operation failed because memory ran out, on any device."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     # On CPUs and on Apple's devices it is a plain RuntimeError that says so.
     return isinstance(error, RuntimeError) and any(
