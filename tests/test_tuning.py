@@ -392,7 +392,11 @@ def test_a_model_that_learns_given_frames_says_so(tmp_path: Path, clips: Path, d
     output = made(recipe)
     assert checkpoint.check(output)[0].config.given_frames
     assert checkpoint.check(output)[0].config.chunk_frames == 8
-    # Also when it is trained further without any.
+    # Also when only windows give them.
+    start, end = GIVEN.index("[stages.condition]"), GIVEN.index("[stages.windows]")
+    windows = write(tmp_path / "windows", GIVEN[:start] + GIVEN[end:], clips, debug_checkpoint)
+    assert checkpoint.check(made(windows))[0].config.given_frames
+    # And when it is trained further without any.
     later = STAGES.replace("min_snr_gamma = 5.0", "")
     assert checkpoint.check(made(write(tmp_path / "later", later, clips, output)))[0].config.given_frames
     assert not checkpoint.check(made(write(tmp_path / "no", later, clips, debug_checkpoint)))[0].config.given_frames
@@ -439,6 +443,9 @@ def test_windows_are_frames_of_one_clip_by_turns_and_every_second_batch() -> Non
     [
         (GIVEN, "stages.windows.frames=15", "windows.frames: 15 are too few; use 16 or more"),
         (GIVEN, "stages.windows.strides=[3]", "windows.frames: 16 are too few; use 24 or more"),
+        (GIVEN, "stages.windows.clips=0", "clips: 0 are none; use 1 or more"),
+        (GIVEN, "stages.windows.frames=-3", "frames: -3 are none; use 1 or more"),
+        (GIVEN, "clips=-4", "datasets: name one or more folders of clips, or set clips"),
         (GIVEN, "stages.windows.strides=[]", r"strides: \[\] are none; use numbers from 1 on"),
         (GIVEN, "stages.windows.strides=[1, 0]", r"strides: \[1, 0\] are none; use numbers from 1 on"),
         (STAGES, "stages.windows={clips=3, condition={frames={first=1}}}", "windows are those of drawn clips"),
@@ -451,6 +458,15 @@ def test_conditions_that_cannot_be_trained_are_refused(
     with pytest.raises(ValueError, match=message):
         run_recipe(write(tmp_path, text, clips, debug_checkpoint), changes=[change])
     assert not (tmp_path / "mine.safetensors").exists()
+
+
+def test_windows_of_all_stages_are_looked_at_before_the_first(
+    tmp_path: Path, clips: Path, debug_checkpoint: Path
+) -> None:
+    two = GIVEN + GIVEN[GIVEN.index("[[stages]]") :].replace("frames = 16", "frames = 15")
+    with pytest.raises(ValueError, match="windows.frames: 15 are too few; use 16 or more"):
+        run_recipe(write(tmp_path, two, clips, debug_checkpoint))
+    assert not [*tmp_path.rglob("*.losses.json"), *tmp_path.rglob("states/*")]
 
 
 def test_windows_longer_than_the_positions_of_the_model_are_refused(tmp_path: Path, clips: Path) -> None:

@@ -253,7 +253,7 @@ class TuningRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.datasets) == bool(self.clips):
+        if self.clips < 0 or bool(self.datasets) == bool(self.clips):
             raise ValueError("datasets: name one or more folders of clips, or set clips to train on drawn shapes")
 
 
@@ -283,6 +283,9 @@ class Windows:
     strides: tuple[int, ...] = (1, 2)
 
     def __post_init__(self) -> None:
+        for name in ("clips", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} are none; use 1 or more")
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides: {list(self.strides)} are none; use numbers from 1 on")
 
@@ -299,6 +302,10 @@ class TuningStage(Objective):
     layers: str = ""
     # Other data than the recipe's, such as the better part of it.
     datasets: tuple[DatasetConfig, ...] = ()
+
+    @property
+    def gives_frames(self) -> bool:
+        return super().gives_frames or (self.windows is not None and self.windows.condition.gives_frames)
 
 
 @dataclass(frozen=True, kw_only=True)

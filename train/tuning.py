@@ -109,6 +109,8 @@ class Tuning:
 
     def train_stages(self, recipe: FinetuneRecipe) -> Callable[[Path], None]:
         """The weights themselves, each stage from the one before; what is new in a stage starts as the identity."""
+        for stage in recipe.stages:
+            check_windows(stage.windows, self.config)
         trained: dict[str, Tensor] = {}
         data_of_stages = []
         for number, stage in enumerate(recipe.stages):
@@ -235,12 +237,6 @@ class Tuning:
         batches = LatentBatches(self.latents(clips), schedule.batch_size, None, 1, seed, process)
         fingerprint = f"{count} drawn clips, seed {drawn}"
         if windows is not None:
-            longest = 2 * config.frames * max(windows.strides)
-            if windows.frames < longest:
-                raise ValueError(f"windows.frames: {windows.frames} are too few; use {longest} or more")
-            positions = config.unet.temporal_positions
-            if positions and positions < 2 * config.frames:
-                raise ValueError(f"the model knows {positions} frame positions; windows need {2 * config.frames}")
             count = self.few(windows.clips)
             long = MovingShapes(count, windows.frames, *size, drawn + 1)
             other = WindowBatches(
@@ -363,6 +359,18 @@ class Tuning:
             "dataset": "; ".join(dict.fromkeys(part.fingerprint for part in data)),
             "parents": json.dumps([parent], ensure_ascii=False),
         }
+
+
+def check_windows(windows: Windows | None, config: ModelConfig) -> None:
+    """Refuse with a ValueError windows that do not fit into their clips, or that the model has no positions for."""
+    if windows is None:
+        return
+    longest = 2 * config.frames * max(windows.strides)
+    if windows.frames < longest:
+        raise ValueError(f"windows.frames: {windows.frames} are too few; use {longest} or more")
+    positions = config.unet.temporal_positions
+    if positions and positions < 2 * config.frames:
+        raise ValueError(f"the model knows {positions} frame positions; windows need {2 * config.frames}")
 
 
 def read_unet(path: str) -> VideoUNet:

@@ -166,12 +166,13 @@ class Objective:
 
 
 def _shown(noised: Noised, drawn: Drawn, latents: Tensor, noise: Tensor, schedule: Schedule) -> Noised:
-    """Given frames clean at level 0, or pure noise at the last; they do not count, the others so much more."""
+    """Given frames clean at level 0, or pure noise at the last; they do not count, the clip's others so much more."""
     given, hidden = (rearrange(which, "B F -> B 1 F 1 1") for which in (drawn.given, drawn.hidden))
     shown = torch.where(hidden, noise, torch.where(given, latents, noised.latents))
     timesteps = noised.timesteps.masked_fill(drawn.given, 0).masked_fill(drawn.hidden, schedule.num_timesteps - 1)
     learned = (~drawn.given).float()
-    weight = learned / learned.mean()
+    # Of each clip by itself, so that it does not matter which others stand in the batch.
+    weight = learned / learned.mean(dim=1, keepdim=True)
     return Noised(shown, timesteps, noised.target, weight if noised.weight is None else weight * noised.weight)
 
 
