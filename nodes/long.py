@@ -14,8 +14,7 @@ from comfy_api.v0_0_2 import io
 from einops import rearrange
 from torch import Tensor
 
-from ..videofactory_core.config import ModelConfig
-from ..videofactory_core.long import chunks, match, usual_chunk, usual_overlap
+from ..videofactory_core.long import check_chunk, chunks, match, usual_chunk, usual_overlap
 from ..videofactory_core.pipeline import UNTRAINED
 from . import host
 from .host import FRAMES, SCHEDULE
@@ -94,7 +93,7 @@ class LongSampler(io.ComfyNode):
         overlap = overlap or usual_overlap(chunk)
         if overlap >= chunk:
             raise ValueError(f"chunks of {chunk} frames cannot overlap by {overlap}: use fewer than {chunk}")
-        check_length(config, min(chunk, layout.num_frames), anchors)
+        check_chunk(config, min(chunk, layout.num_frames), anchors)
 
         latents, noise = layout.unfold(samples).clone(), layout.unfold(noise)
         masks = torch.ones_like(latents[:, :1])
@@ -135,16 +134,6 @@ class LongSampler(io.ComfyNode):
             masks[:, :, new] = 0
             done.update(new)
         return io.NodeOutput({**latent, "samples": layout.fold(latents)})
-
-
-def check_length(config: ModelConfig, length: int, anchors: int) -> None:
-    """Refuse with a ValueError chunks that the model has no positions for."""
-    longest = config.unet.temporal_positions
-    if longest and length + anchors > longest:
-        raise ValueError(
-            f"this model knows {longest} frame positions, and a chunk with its anchors has {length + anchors}:"
-            f" use chunks of {config.frames} frames"
-        )
 
 
 def part_of_bar(show: Callable[..., None], number: int, count: int) -> Callable[[int, Tensor, Tensor, int], None]:

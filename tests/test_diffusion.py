@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from videofactory_core.config import BetaSchedule, DiffusionConfig, PredictionType
-from videofactory_core.diffusion import TERMINAL_ALPHA_CUMPROD, Schedule, guide
+from videofactory_core.diffusion import TERMINAL_ALPHA_CUMPROD, Schedule, guide, guide_frames
 
 BETA_SCHEDULES = get_args(BetaSchedule)
 PREDICTION_TYPES = get_args(PredictionType)
@@ -181,3 +181,10 @@ def test_full_rescale_keeps_the_standard_deviation_of_each_clip() -> None:
 def test_rescaling_the_prediction_of_an_untrained_network_is_finite() -> None:
     zeros = torch.zeros(2, 4, 3, 5, 6)
     assert torch.equal(guide(zeros, zeros, 7.5, 0.7), zeros)
+
+
+def test_guidance_over_text_and_frames_is_that_over_either_where_the_other_changes_nothing() -> None:
+    both, frames, neither = torch.randn(3, 2, 4, 3, 5, 6, dtype=torch.float64)
+    assert torch.allclose(guide_frames(both, frames, neither, 1.0, 1.0), both)
+    assert torch.allclose(guide_frames(both, frames, neither, 7.5, 1.0), guide(both, frames, 7.5))
+    assert torch.allclose(guide_frames(frames, frames, neither, 7.5, 3.0), guide(frames, neither, 3.0))

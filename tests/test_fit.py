@@ -36,6 +36,14 @@ def test_another_shape_is_cut_barred_or_pulled() -> None:
     assert said == "24x8 was pulled to the shape of 24x24"
 
 
+@pytest.mark.parametrize("shape", [(2, 600), (600, 2)])
+@pytest.mark.parametrize("fit", FITS)
+def test_of_a_very_thin_picture_something_is_left(fit, shape: tuple[int, int]) -> None:
+    frames, _ = fit_frames(torch.ones(1, *shape, 3), 16, 8, fit)
+    assert frames.shape == (1, 8, 16, 3)
+    assert frames.max() == pytest.approx(1)
+
+
 def test_what_is_transparent_lies_over_black_and_grey_is_a_colour() -> None:
     frames = torch.ones(1, 8, 8, 4)
     frames[:, :, 4:, 3] = 0

@@ -469,6 +469,7 @@ def inputs(tmp_path: Path) -> None:
     write_video(tmp_path / "own.mp4", drawn(6), 8.0)
     write_video(tmp_path / "square.mp4", drawn(2, 20, 20), 8.0)
     write_video(tmp_path / "one.mp4", drawn(1), 8.0)
+    Image.new("F", (16, 8), 0.5).save(tmp_path / "float.tif")
     for name in ("text.png", "text.mp4"):
         (tmp_path / name).write_text("no picture")
     (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:-40])
@@ -507,6 +508,13 @@ def inputs(tmp_path: Path) -> None:
         ("--length 0", "makes no clip; ask for more than a frame"),
         ("--length nan", "makes no clip; ask for more than a frame"),
         ("--length inf", "makes no clip; ask for more than a frame"),
+        ("--length 1e300", "frames are too many; ask for 1000000 at most"),
+        ("--frames 2000000 --chunk 4", "2e+06 frames are too many"),
+        ("--extend own.mp4 --length 1e9", "8e+09 frames are too many"),
+        ("--extend own.mp4 --new-frames 1000001", "1e+06 frames are too many"),
+        ("--seed 18446744073709551616", "is no number of 64 bits"),
+        ("--first-frame float.tif", "float.tif cannot be read as a picture (nothing says what"),
+        ("--device cuda:99", "there is no device 'cuda:99'"),
         ("--extend own.mp4 --fps 0", "frames a second do not fit"),
         ("--fps-times 200 own.mp4", "frames a second do not fit"),
         ("--fps-times 1 own.mp4", "such as 2 clip.mp4, not 1 own.mp4"),

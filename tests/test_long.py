@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from videofactory_core import checkpoint
 from videofactory_core.checkpoint import Model
-from videofactory_core.long import chunks, generate_long, usual_chunk, usual_overlap
-from videofactory_core.pipeline import decode_latents, encode_frames, generate, usual_guidance
+from videofactory_core.long import chunks, generate_long, match, usual_chunk, usual_overlap
+from videofactory_core.pipeline import decode_latents, encode_frames, generate, latent_shape, usual_guidance
 
 PROMPT = "a red circle"
 
@@ -182,17 +183,94 @@ def test_a_model_that_never_learned_it_works_with_a_warning(debug_checkpoint: Pa
         long(untrained, num_frames=8, overlap=2)
 
 
-def test_memory_does_not_grow_with_the_length(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than a chunk's latents are kept."""
+@pytest.mark.parametrize("where", [(), (58, 59)], ids=["forward", "backward"])
+def test_memory_does_not_grow_with_the_length(model: Model, where, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than a chunk's latents are kept of frames that were made, and no frames but those of a chunk."""
     from videofactory_core import long as module
 
-    kept = []
-    know = module.know
+    latents, frames = [], []
+    denoise, decode = module.denoise, module.decode_latents
+    one = latent_shape(model.config, 1, 16, 8)
 
-    def watched(noise, latents, config):
-        kept.append(len(latents))
-        return know(noise, latents, config)
+    def watched(*arguments, **settings):
+        held = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.shape == (1, *one)]
+        latents.append(len(held))
+        return denoise(*arguments, **settings)
 
-    monkeypatch.setattr(module, "know", watched)
-    long(model, num_frames=60, overlap=2, steps=1)
-    assert max(kept) <= 3
+    def counted(model, part):
+        frames.append(part.shape[2])
+        return decode(model, part)
+
+    monkeypatch.setattr(module, "denoise", watched)
+    monkeypatch.setattr(module, "decode_latents", counted)
+    known = dict(zip(where, drawn(len(where)), strict=True))
+    pieces = generate_long(model, PROMPT, num_frames=60, overlap=2, steps=1, given=known)
+    assert len(next(pieces)) <= 4
+    # Backward too, nothing is decoded before its turn.
+    assert len(frames) == 1
+    assert sum(len(piece) for piece in pieces) == sum(frames) - frames[0]
+    assert max(frames) <= 4
+    assert max(latents[3:]) <= 8
+
+
+def test_many_given_frames_are_decoded_a_chunk_at_a_time(model: Model) -> None:
+    known = dict(enumerate(drawn(11)))
+    pieces = [*generate_long(model, PROMPT, num_frames=13, overlap=2, steps=1, given=known)]
+    assert sum(map(len, pieces)) == 13
+    assert max(map(len, pieces)) == 4
+
+
+def test_colours_are_matched_behind_the_first_chunk(model: Model) -> None:
+    plain, matched = (long(model, num_frames=8, overlap=2, match_colours=match) for match in (False, True))
+    assert torch.equal(plain[:4], matched[:4])
+    assert not torch.equal(plain[4:6], matched[4:6])
+    like, other = torch.randn(1, 4, 5, 6, 7) * 3 + 2, torch.randn(1, 4, 2, 6, 7)
+    found = match(other, like)
+    for statistic in (torch.mean, torch.std):
+        assert torch.allclose(statistic(found, dim=(2, 3, 4)), statistic(like, dim=(2, 3, 4)), atol=1e-5)
+
+
+def test_frames_may_be_denoised_one_behind_the_other(model: Model) -> None:
+    for make in (lambda **how: generate(model, PROMPT, steps=3, **how), lambda **how: long(model, num_frames=4, **how)):
+        assert not torch.equal(make(), make(stagger=1.0))
+
+
+def test_guidance_over_frames_hides_them_behind_pure_noise(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    forward = model.unet.forward
+
+    def watched(x, timesteps, context):
+        asked.append((x.clone(), timesteps.clone(), context))
+        return forward(x, timesteps, context)
+
+    monkeypatch.setattr(model.unet, "forward", watched)
+    for guidance_scale in (3.0, 1.0):
+        asked.clear()
+        scales = {"guidance_scale": guidance_scale, "frame_guidance_scale": 2.0}
+        generate(model, PROMPT, steps=2, given={0: drawn(1)[0]}, **scales)
+        for x, timesteps, context in asked:
+            rows = 3 if guidance_scale > 1 else 2
+            assert len(x) == rows
+            # The prompt has gone before the frame does, or stays where it is all that guides.
+            assert torch.equal(context[-1], context[-2])
+            assert torch.equal(context[0], context[1]) == (rows == 2)
+            assert timesteps[:, 0].tolist() == [0] * (rows - 1) + [999]
+            assert (timesteps[:, 1:] == timesteps[0, 1]).all()
+            assert torch.equal(x[-1, :, 0], asked[0][0][-1, :, 0])
+            assert not torch.equal(x[-1, :, 0], x[0, :, 0])
+            assert (x[:, :, 1:] == x[:1, :, 1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_frames": 0, "anchors": 1}, "needs at least 1 frame, not 0"),
+        ({"num_frames": 8, "anchors": -3}, "-3 anchors cannot be shown"),
+        ({"num_frames": 40, "anchors": 29}, "32 frame positions, and a chunk with its anchors has 33"),
+        ({"num_frames": 8, "frame_guidance_scale": float("nan")}, "frame guidance scale nan is below 1"),
+        ({"num_frames": 8, "stagger": -1.0}, "stagger is -1"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(model: Model, settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        long(model, **settings)

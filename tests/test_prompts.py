@@ -33,6 +33,7 @@ def test_plain_text_stays_plain(text: str) -> None:
     [
         ('"0": "a", "8": b', "breaks off at '\"8\": b': write"),
         ('"0": a cat', "breaks off at"),
+        (r'"0": "a\q"', "has a stray backslash"),
         ('"0": "a", "1000000": "b"', "names frame 1000000: use frames up to 100000"),
     ],
 )

@@ -464,7 +464,7 @@ def test_windows_of_all_stages_are_looked_at_before_the_first(
     tmp_path: Path, clips: Path, debug_checkpoint: Path
 ) -> None:
     two = GIVEN + GIVEN[GIVEN.index("[[stages]]") :].replace("frames = 16", "frames = 15")
-    with pytest.raises(ValueError, match="windows.frames: 15 are too few; use 16 or more"):
+    with pytest.raises(ValueError, match="15 are too few; use 16 or more"):
         run_recipe(write(tmp_path, two, clips, debug_checkpoint))
     assert not [*tmp_path.rglob("*.losses.json"), *tmp_path.rglob("states/*")]
 

@@ -19,7 +19,7 @@ examples:
   videofactory generate "a red circle moving right on a black background"
   videofactory generate "a blue square moving up on a white background" --seed 7 --out square.gif
   videofactory generate "a red circle moving right on a black background" --first-frame circle.png
-  videofactory generate "" --extend clip.mp4 --length 5 --out longer.mp4
+  videofactory generate "a red circle moving right on a black background" --extend clip.mp4 --length 5
   videofactory upscale clip.mp4 --out large.mp4
   videofactory inspect model.safetensors
   videofactory data check clips --sheet clips.jpg
@@ -98,7 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--batch", type=int, default=1, metavar="N", help="clips to make, with seeds counting up (default: 1)"
     )
-    generate.add_argument("--upscale", action="store_true", help="make the frames four times as wide and high")
+    generate.add_argument(
+        "--upscale",
+        action="store_true",
+        help="make the frames four times as wide and high (a video keeps its size, and new frames get finer)",
+    )
     generate.add_argument(
         "--upscaler", type=Path, metavar="FILE", help="upscaler to use, an RCAN (default: that of this package)"
     )

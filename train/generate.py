@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 import warnings
@@ -49,7 +48,7 @@ def run_generate(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from videofactory_core import adapters, checkpoint
-    from videofactory_core.long import chunks, generate_long
+    from videofactory_core.long import check_chunk, chunks, generate_long
     from videofactory_core.pipeline import usual_guidance
     from videofactory_core.upscaler import BUNDLED, upscale
 
@@ -62,6 +61,7 @@ def run_generate(options: argparse.Namespace) -> None:
     length, overlap = chunk_of(options, config)
     if in_chunks:
         at_once = length if options.frames is None else min(options.frames, length)
+        check_chunk(config, at_once, options.anchors)
     else:
         at_once = config.frames if options.frames is None else options.frames
     check_sampling(options, config, at_once, device, dtype)
@@ -145,6 +145,8 @@ def check_options(options: argparse.Namespace) -> None:
 
     for prompt in (options.prompt, options.negative_prompt):
         parse(prompt)
+    if not -(2**63) <= options.seed <= 2**64 - options.batch:
+        raise ValueError(f"seed {options.seed} is no number of 64 bits; use 0 to {2**64 - options.batch}")
     videos = [name for name in LENGTHS if name and getattr(options, name)]
     together = [*videos, *(name for name in PICTURES if videos and getattr(options, name))]
     if len(together) > 1:
@@ -190,8 +192,6 @@ def chunk_of(options: argparse.Namespace, config: ModelConfig) -> tuple[int, int
     overlap = usual_overlap(length) if options.overlap is None else options.overlap
     if options.overlap is not None and not 1 <= overlap < length:
         raise ValueError(f"chunks of {length} frames cannot overlap by {overlap}; use 1 to {length - 1}")
-    if options.anchors < 0:
-        raise ValueError(f"{options.anchors} anchors cannot be shown; use 0 or more")
     return length, max(1, overlap)
 
 
@@ -216,13 +216,18 @@ def check_sampling(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check_request(config, num_frames, width, height, guidance_scale, options.sampler, options.steps)
+        check_request(
+            config,
+            num_frames,
+            width,
+            height,
+            guidance_scale,
+            options.sampler,
+            options.steps,
+            frame_guidance_scale,
+        )
     check_memory(config, num_frames, width, height, torch.empty(0, dtype=dtype, device=device))
     noise_levels(Schedule.from_config(config.diffusion), options.steps, num_frames, stagger=options.stagger)
-    if not math.isfinite(frame_guidance_scale) or frame_guidance_scale < 1:
-        raise ValueError(
-            f"frame guidance scale {frame_guidance_scale} is below 1, which switches it off; use 1 or more"
-        )
 
 
 def _flag(name: str) -> str:

@@ -157,6 +157,8 @@ def read_picture(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
+            if picture.mode == "F":
+                raise ValueError("nothing says what its floating-point numbers mean")
             deep = picture.mode.startswith("I")
             if not deep:
                 picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")

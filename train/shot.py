@@ -47,6 +47,10 @@ class Shot:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+# More would be days of video, and longer than anyone waits for.
+MOST_FRAMES = 1_000_000
+
+
 def plan_shot(options: argparse.Namespace, config: ModelConfig, length: int, overlap: int) -> Shot:
     """The shot that the options describe, for a model that makes `length` frames at once and knows `overlap` of them.
 
@@ -68,6 +72,7 @@ def _with_pictures(options: argparse.Namespace, config: ModelConfig) -> Shot:
     num_frames = config.frames if options.frames is None else options.frames
     if options.length is not None:
         num_frames = _frames_in(options.length, fps)
+    _check_count(num_frames)
     named = [(0, options.first_frame), (-1, options.last_frame), *options.frame]
     given: dict[int, Tensor] = {}
     paths: dict[int, Path] = {}
@@ -213,11 +218,18 @@ def _frames_in(seconds: float, fps: float) -> int:
 def _new_frames(options: argparse.Namespace, fps: float, room: int) -> int:
     """How many frames are added to videos: by default as many as one chunk has room for."""
     if options.length is not None:
-        return _frames_in(options.length, fps)
-    new = max(1, room) if options.new_frames is None else options.new_frames
+        new = _frames_in(options.length, fps)
+    else:
+        new = max(1, room) if options.new_frames is None else options.new_frames
     if new < 1:
         raise ValueError(f"{new} new frames are none; ask for 1 or more")
+    _check_count(new)
     return new
+
+
+def _check_count(frames: int) -> None:
+    if frames > MOST_FRAMES:
+        raise ValueError(f"{frames:.6g} frames are too many; ask for {MOST_FRAMES} at most")
 
 
 def _even(count: int, fps: float) -> tuple[Sequence[float], float]:

@@ -31,7 +31,7 @@ def fit_frames(frames: Tensor, width: int, height: int, fit: Fit = "crop") -> tu
     scales = width / old_width, height / old_height
     # What it is scaled to before it is cut or set into bars.
     scale = max(scales) if fit == "crop" else min(scales)
-    size = round(old_height * scale), round(old_width * scale)
+    size = max(1, round(old_height * scale)), max(1, round(old_width * scale))
     if size != (height, width):
         done = {"crop": "cut", "pad": "set between black bars", "stretch": "pulled"}[fit]
         said.append(f"{old_width}x{old_height} was {done} to the shape of {width}x{height}")

@@ -93,6 +93,18 @@ def usual_overlap(length: int) -> int:
     return min(max(4, length // 4), length - 1)
 
 
+def check_chunk(config: ModelConfig, length: int, anchors: int) -> None:
+    """Refuse with a ValueError chunks of `length` frames that, with their anchors, the model has no positions for."""
+    if anchors < 0:
+        raise ValueError(f"{anchors} anchors cannot be shown; use 0 or more")
+    longest = config.unet.temporal_positions
+    if longest and length + anchors > longest:
+        raise ValueError(
+            f"this model knows {longest} frame positions, and a chunk with its anchors has {length + anchors};"
+            " make chunks shorter, or show fewer anchors"
+        )
+
+
 def match(latents: Tensor, like: Tensor) -> Tensor:
     """Latents `[1, C, F, h, w]` with the mean and deviation of each channel of `like`, against colours that drift."""
     dims = (2, 3, 4)
@@ -128,7 +140,7 @@ def generate_long(
     frames of one, by default as many as the model learned and has positions for beside the anchors. overlap: see
     `chunks`, by default `usual_overlap`. anchors: so many frames of the start are shown to every later chunk too.
     match_colours: each chunk gets the mean and the spread of the first. Backward, when only the end is given, the
-    pieces come when all are made. Raises ValueError as `generate` does, before the first piece.
+    pieces come when the latents of all are made. Raises ValueError as `generate` does, before the first piece.
     """
     config = model.config
     length = usual_chunk(config, anchors) if chunk is None else chunk
@@ -137,12 +149,14 @@ def generate_long(
     width, height = width or config.width, height or config.height
     given = given or {}
     guidance_scale, frame_guidance_scale = usual_guidance(config, len(given), guidance_scale, frame_guidance_scale)
-    check_request(config, most + anchors, width, height, guidance_scale, sampler, steps)
+    check_chunk(config, most, anchors)
+    at_once = most + anchors if most > 0 else most
+    check_request(config, at_once, width, height, guidance_scale, sampler, steps, frame_guidance_scale)
     check_given(given, num_frames, width, height)
     plan = [*chunks(num_frames, length, overlap, given)]
     if given or len(plan) > 1:
         warn_of_given(config)
-    check_memory(config, most + anchors, width, height, next(model.unet.parameters()))
+    check_memory(config, at_once, width, height, next(model.unet.parameters()))
     prompts = encode_prompts(model, prompt, negative_prompt, guidance_scale)
     settings: dict[str, Any] = {
         "steps": steps,
@@ -152,11 +166,14 @@ def generate_long(
         "stagger": stagger,
         "on_step": on_step,
     }
-    pieces = _pieces(model, prompts, plan, given, (num_frames, width, height), anchors, match_colours, seed, settings)
-    yield from reversed([*pieces]) if _backward(plan) else pieces
+    pieces = _latents(model, prompts, plan, given, (num_frames, width, height), anchors, match_colours, seed, settings)
+    for latents in reversed([*pieces]) if _backward(plan) else pieces:
+        # With many given frames that follow each other a piece may be longer than a chunk.
+        for part in latents.split(length, dim=2):
+            yield decode_latents(model, part)
 
 
-def _pieces(
+def _latents(
     model: Model,
     prompts: Sequence[PromptSchedule],
     plan: Sequence[Chunk],
@@ -167,7 +184,7 @@ def _pieces(
     seed: int,
     settings: Mapping[str, Any],
 ) -> Iterator[Tensor]:
-    """Frames `[f, H, W, 3]` that each chunk adds, with those given around them, in the order of making."""
+    """Latents `[1, C, f, h, w]` that each chunk adds, with those given around them, in the order of making."""
     num_frames, width, height = size
     backward = _backward(plan)
     # Where what a chunk adds ends; the last adds all that is left.
@@ -203,7 +220,7 @@ def _pieces(
             for index in range(min(at, end), max(at, end))
         ]
         at = end
-        yield decode_latents(model, torch.cat([latent.to(made) for latent in piece], dim=2))
+        yield torch.cat([latent.to(made) for latent in piece], dim=2)
 
 
 def _backward(plan: Sequence[Chunk]) -> bool:

@@ -8,13 +8,15 @@ import torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`, or the best there is for "auto"; ValueError for one that torch does not know."""
+    """The device called `name`, or the best there is for "auto"; ValueError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"there is no device {name!r}; try cpu, cuda or mps") from error
+        torch.empty(0, device=name)
+    # A PyTorch that was built without CUDA asserts that it was built with it.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} that this PyTorch can use; try cpu, cuda or mps") from error
+    return torch.device(name)
 
 
 def total_memory(device: torch.device) -> int | None:

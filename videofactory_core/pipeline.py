@@ -25,7 +25,14 @@ UNTRAINED = (
 
 
 def check_request(
-    config: ModelConfig, num_frames: int, width: int, height: int, guidance_scale: float, sampler: str, steps: int
+    config: ModelConfig,
+    num_frames: int,
+    width: int,
+    height: int,
+    guidance_scale: float,
+    sampler: str,
+    steps: int,
+    frame_guidance_scale: float = 1.0,
 ) -> None:
     """Refuse with a ValueError what the model cannot make, and warn of what it was not trained for."""
     factor = config.autoencoder.downscale
@@ -33,12 +40,18 @@ def check_request(
         raise ValueError(f"a clip needs at least 1 frame, not {num_frames}; the model was trained on {config.frames}")
     longest = config.unet.temporal_positions
     if longest and num_frames > longest:
-        raise ValueError(f"this model knows {longest} frame positions, not {num_frames}; ask for fewer frames")
+        raise ValueError(
+            f"this model knows {longest} frame positions, not {num_frames}; ask for fewer frames, or for chunks"
+        )
     if width < factor or height < factor or width % factor or height % factor:
         nearest = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
         raise ValueError(f"width and height must be multiples of {factor}, not {width}x{height}; try {nearest}")
     if not math.isfinite(guidance_scale) or guidance_scale < 1:
         raise ValueError(f"guidance scale {guidance_scale} is below 1, which switches guidance off; use 1 or more")
+    if not math.isfinite(frame_guidance_scale) or frame_guidance_scale < 1:
+        raise ValueError(
+            f"frame guidance scale {frame_guidance_scale} is below 1, which switches it off; use 1 or more"
+        )
     if sampler not in SAMPLERS:
         raise ValueError(f"there is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if not 1 <= steps <= config.diffusion.num_timesteps:
@@ -222,7 +235,7 @@ def generate(
     width, height = width or config.width, height or config.height
     given = given or {}
     guidance_scale, frame_guidance_scale = usual_guidance(config, len(given), guidance_scale, frame_guidance_scale)
-    check_request(config, num_frames, width, height, guidance_scale, sampler, steps)
+    check_request(config, num_frames, width, height, guidance_scale, sampler, steps, frame_guidance_scale)
     check_given(given, num_frames, width, height)
     if given:
         warn_of_given(config)

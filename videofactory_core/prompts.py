@@ -57,7 +57,10 @@ def parse(text: str) -> dict[int, str] | None:
             raise ValueError(f'the prompt schedule breaks off at {body[at : at + 30]!r}: write "frame": "prompt", ...')
         if len(entry[1]) > 6 or int(entry[1]) > MAX_FRAME:
             raise ValueError(f"the prompt schedule names frame {entry[1][:12]}: use frames up to {MAX_FRAME}")
-        found[int(entry[1])] = json.loads(entry[2], strict=False)
+        try:
+            found[int(entry[1])] = json.loads(entry[2], strict=False)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the prompt {entry[2][:30]} has a stray backslash: write \\\\ for one") from error
         at = entry.end()
     return dict(sorted(found.items()))
 
