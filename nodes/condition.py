@@ -21,11 +21,13 @@ from .load import CATEGORY
 
 
 class Parts(NamedTuple):
-    """The clips `[F, H, W, 3]` around a piece of `length` frames, which shares `context` of them with each."""
+    """What stays as it is: frames `[F, H, W, 3]` before and behind a piece of `length` frames, and `shown` at `places`
+    inside it."""
 
-    before: Tensor | None
-    after: Tensor | None
-    context: int
+    before: Tensor
+    shown: Tensor
+    places: Sequence[int]
+    after: Tensor
     length: int
 
 
@@ -178,12 +180,10 @@ class ExtendVideo(io.ComfyNode):
         check_context("the clip", clip, context)
         length = context + new_frames
         if direction == "forward":
-            latent = latent_with(vae, clip[-context:], range(context), length)
-            parts = Parts(clip, None, context, length)
+            parts = Parts(clip[:-context], clip[-context:], range(context), clip[:0], length)
         else:
-            latent = latent_with(vae, clip[:context], range(new_frames, length), length)
-            parts = Parts(None, clip, context, length)
-        return io.NodeOutput(latent, parts, told(model, length, clip, said))
+            parts = Parts(clip[:0], clip[:context], range(new_frames, length), clip[context:], length)
+        return io.NodeOutput(latent_of(vae, parts), parts, told(model, length, clip, said))
 
 
 class Inbetween(io.ComfyNode):
@@ -206,7 +206,11 @@ class Inbetween(io.ComfyNode):
                 ),
                 model_input(),
             ],
-            outputs=[latent_output("A clip in which the frames are given at equal distances"), info_output()],
+            outputs=[
+                latent_output("A clip in which the frames are given at equal distances"),
+                info_output(),
+                parts_output(),
+            ],
         )
 
     @classmethod
@@ -215,8 +219,8 @@ class Inbetween(io.ComfyNode):
             raise ValueError("there is nothing between the frames of a clip of 1: give at least 2")
         clip, said = fitted_clip(vae, images, "the clip")
         length = (len(clip) - 1) * times + 1
-        latent = latent_with(vae, clip, range(0, length, times), length)
-        return io.NodeOutput(latent, told(model, length, clip, said))
+        parts = Parts(clip[:0], clip, range(0, length, times), clip[:0], length)
+        return io.NodeOutput(latent_of(vae, parts), told(model, length, clip, said), parts)
 
 
 class Transition(io.ComfyNode):
@@ -249,12 +253,11 @@ class Transition(io.ComfyNode):
         check_context("the first clip", first, context)
         check_context("the second clip", second, context)
         length = context + frames + context
-        shown = torch.cat([first[-context:], second[:context]])
-        latent = latent_with(vae, shown, [*range(context), *range(context + frames, length)], length)
+        shown = torch.cat([first[-context:], second[:context].to(first)])
+        places = [*range(context), *range(context + frames, length)]
+        parts = Parts(first[:-context], shown, places, second[context:], length)
         of_second = of_second and f"of the second clip, {of_second}"
-        return io.NodeOutput(
-            latent, Parts(first, second, context, length), told(model, length, first, of_first, of_second)
-        )
+        return io.NodeOutput(latent_of(vae, parts), parts, told(model, length, first, of_first, of_second))
 
 
 class Join(io.ComfyNode):
@@ -268,7 +271,7 @@ class Join(io.ComfyNode):
             " they are, and none is there twice.",
             inputs=[
                 io.Image.Input("images", tooltip="What VideoFactory Decode gives of the sampled latent."),
-                PARTS.Input("parts", tooltip="Of VideoFactory Extend Video or VideoFactory Transition."),
+                PARTS.Input("parts", tooltip="Of VideoFactory Extend Video, In-between Frames or Transition."),
             ],
             outputs=[io.Image.Output(display_name="frames", tooltip="All frames in the order of time.")],
         )
@@ -280,17 +283,15 @@ class Join(io.ComfyNode):
                 f"these are {len(images)} frames, and the latent between the clips has {parts.length}: connect what"
                 " VideoFactory Decode gives, and change the number of frames behind VideoFactory Join"
             )
-        around = [clip for clip in (parts.before, parts.after) if clip is not None]
-        height, width = around[0].shape[1:3]
+        height, width = parts.shown.shape[1:3]
         if images.shape[1:3] != (height, width):
             raise ValueError(
                 f"these frames are {images.shape[2]}x{images.shape[1]} and the clips {width}x{height}: connect what"
                 " VideoFactory Decode gives, and change the size behind VideoFactory Join"
             )
-        start = 0 if parts.before is None else parts.context
-        end = len(images) - (0 if parts.after is None else parts.context)
-        pieces = [parts.before, images[start:end, :, :, :3], parts.after]
-        return io.NodeOutput(torch.cat([piece.to(images) for piece in pieces if piece is not None]))
+        piece = images[..., :3].clone()
+        piece[[*parts.places]] = parts.shown.to(piece)
+        return io.NodeOutput(torch.cat([parts.before.to(piece), piece, parts.after.to(piece)]))
 
 
 class FrameGuidance(io.ComfyNode):
@@ -391,6 +392,11 @@ def latent_with(vae: Any, frames: Tensor, places: Sequence[int], num_frames: int
     mask = known.new_ones(num_frames, 1, *known.shape[2:])
     samples[[*places]], mask[[*places]] = known, 0
     return {"samples": samples, "noise_mask": mask, FRAMES: num_frames}
+
+
+def latent_of(vae: Any, parts: Parts) -> dict[str, Any]:
+    """The LATENT of the piece, in which the frames that are shown are given."""
+    return latent_with(vae, parts.shown, parts.places, parts.length)
 
 
 def told(model: Any, num_frames: int, frames: Tensor, *said: str) -> str:

@@ -440,7 +440,7 @@ def conditions(bench: Bench) -> dict[str, Any]:
     seen("forward", latent, clip[4:], said)
     latent, backward, said = node.ExtendVideo.execute(vae, clip, 3, "backward", 2).args
     seen("backward", latent, clip[:2], said)
-    latent, said = node.Inbetween.execute(vae, clip, 3).args
+    latent, said, between = node.Inbetween.execute(vae, clip, 3).args
     seen("in-between", latent, clip, said)
     latent, across, said = node.Transition.execute(vae, clip, other, 3, 2, "crop").args
     seen("transition", latent, torch.cat([clip[4:], other[:2]]), said)
@@ -449,7 +449,7 @@ def conditions(bench: Bench) -> dict[str, Any]:
     odd = torch.rand(6, 18, 25, 3, generator=torch.Generator().manual_seed(3))
     latent, cut, said = node.ExtendVideo.execute(vae, odd, 3, "forward", 2).args
     seen("cut", latent, odd[4:, 1:17, :24], said)
-    found["cut, the rest"] = torch.equal(cut.before, odd[:, 1:17, :24])
+    found["cut, the rest"] = torch.equal(cut.before, odd[:4, 1:17, :24])
 
     def joined(parts: Any, *pieces: Any) -> bool:
         whole = node.Join.execute(new, parts).args[0]
@@ -459,6 +459,9 @@ def conditions(bench: Bench) -> dict[str, Any]:
     found["joined"] = [joined(forward, clip, new[2:]), joined(backward, new[:3], clip)]
     new = torch.rand(7, 16, 24, 3)
     found["joined"].append(joined(across, clip, new[2:5], other))
+    new = torch.rand(16, 16, 24, 3)
+    among = [new[1:3], clip[1:2], new[4:6], clip[2:3], new[7:9], clip[3:4], new[10:12], clip[4:5], new[13:15], clip[5:]]
+    found["joined"].append(joined(between, clip[:1], *among))
     return found
 
 

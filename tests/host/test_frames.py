@@ -130,7 +130,7 @@ def test_one_bar_for_all_chunks_and_a_stop_inside_any(found: Any) -> None:
 
 REFUSED = {
     "overlap": "chunks of 8 frames cannot overlap by 8: use fewer than 8",
-    "positions": "a chunk with its anchors has 34: use chunks of 16 frames",
+    "positions": "a chunk with its anchors has 34; make chunks shorter, or show fewer anchors",
     "clips": "20 latent frames do not divide into clips of 16",
     "short": "the clip has 3 frames and 4 of it are to be shown: set context to 3 or less",
     "short second": "the second clip has 3 frames and 4 of it are to be shown: set context to 3 or less",
@@ -188,5 +188,5 @@ def test_nodes_say_what_was_fitted_and_what_the_model_never_learned(found: Any) 
 
 
 def test_what_is_joined_has_every_frame_once(found: Any) -> None:
-    assert found["conditions"]["joined"] == [True, True, True]
+    assert found["conditions"]["joined"] == [True, True, True, True]
     assert found["conditions"]["cut, the rest"]
