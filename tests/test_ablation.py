@@ -13,7 +13,15 @@ from einops import rearrange
 from safetensors.torch import load_file
 from videofactory_train.data.moving_shapes import MovingShapes
 from videofactory_train.evaluate import ablation_table, costs
-from videofactory_train.evaluate.ablation import Comparison, ablation, begin, compare, read_outcome, workload_of
+from videofactory_train.evaluate.ablation import (
+    Comparison,
+    ablation,
+    begin,
+    compare,
+    device_of,
+    read_outcome,
+    workload_of,
+)
 from videofactory_train.evaluate.ablation_table import interval, tables
 from videofactory_train.evaluate.bench import Place, budget_of, settled
 from videofactory_train.evaluate.merges import ROWS, choose, file_name
@@ -309,6 +317,11 @@ def test_older_results_are_read(tmp_path: Path) -> None:
     assert outcome.loss == pytest.approx(0.065)
     assert outcome.scores["direction"] == 0.75
     assert outcome.budget.differences(budget) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_tables_of_runs_on_another_device_are_made_without_it(device: str) -> None:
+    assert device_of(settled(read_recipe(RECIPES / "demo.toml", [f"device={device}"]))) == device
 
 
 def test_a_budget_comes_from_the_recipe_and_is_settable() -> None:

@@ -21,6 +21,9 @@ from videofactory_core.pipeline import check_given
 
 from .given import Screen, Source, Spread, look, read_picture
 
+# More would be days of video, and longer than anyone waits for.
+MOST_FRAMES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -45,10 +48,6 @@ class Shot:
     notes: tuple[str, ...] = ()
     # For the file's metadata.
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-# More would be days of video, and longer than anyone waits for.
-MOST_FRAMES = 1_000_000
 
 
 def plan_shot(options: argparse.Namespace, config: ModelConfig, length: int, overlap: int) -> Shot:

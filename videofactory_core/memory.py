@@ -10,7 +10,9 @@ import torch
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`, or the best there is for "auto"; ValueError for one that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         torch.empty(0, device=name)
     # A PyTorch that was built without CUDA asserts that it was built with it.

@@ -325,7 +325,7 @@ def workload_of(recipe: UNetRecipe, budget: Budget) -> Workload:
 
 def device_of(recipe: UNetRecipe) -> str:
     """Where the recipe computes: what it asks for, or the best there is."""
-    return pick_device(recipe.device).type
+    return pick_device().type if recipe.device == "auto" else recipe.device
 
 
 def ablation(
